@@ -1,0 +1,75 @@
+"""Put the host on sys.path before anything imports comfy, load the pack as the host does, and fix the seeds.
+
+Order on sys.path matters: our nodes/ folder and the host's nodes.py share a name, so the host comes first and this
+repository last. `tests/` is on the path too: `from tiny import CASES`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+
+
+def _enter_host() -> None:
+    """Make `comfy`, `nodes` (the host's), `tiny` and `blockdance_core` importable, on the CPU."""
+    sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() not in (ROOT, TESTS)]
+    sys.path += [str(TESTS), str(ROOT)]
+    from host import launcher  # tests/host, a namespace package
+
+    try:
+        sys.path.insert(0, str(launcher.host_path()))
+    except RuntimeError as error:
+        raise pytest.UsageError(str(error)) from None
+    launcher.prepare()
+
+    arguments, sys.argv = sys.argv, ["x", "--cpu"]  # parsed when comfy.cli_args is first imported
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.cli_args  # noqa: F401
+    finally:
+        sys.argv = arguments
+
+
+_enter_host()
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed every global generator; the value is 0."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def pack() -> ModuleType:
+    """The pack loaded from its folder, as the host loads a custom node (ComfyUI v0.30.0 nodes.py, load_custom_node).
+
+    Its modules are `blockdance_pack.nodes...` and `blockdance_pack.blockdance_core...`. The latter are other objects
+    than `blockdance_core...`: take classes from one of the two in a test.
+    """
+    name = "blockdance_pack"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

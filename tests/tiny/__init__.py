@@ -1,0 +1,21 @@
+"""Tiny models built through the host's own classes, for tests that have to hold for every family."""
+
+from .case import Case, Conditioning
+from .control import FakeControl, fake_control, with_control
+from .images import CASES as _IMAGES
+from .sampling import count_calls, record_outputs, sample, sample_custom
+
+CASES: dict[str, Case] = {case.name: case for case in _IMAGES}
+
+__all__ = [
+    "CASES",
+    "Case",
+    "Conditioning",
+    "FakeControl",
+    "count_calls",
+    "fake_control",
+    "record_outputs",
+    "sample",
+    "sample_custom",
+    "with_control",
+]
