@@ -43,7 +43,7 @@ def _enter_host() -> None:
 
 
 _enter_host()
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # at this size a second thread gains nothing, and loses tenfold on a busy machine
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ def test_sample_twice_is_finite_and_bit_identical(case: Case) -> None:
     first = sample(model, case, steps=4)
     assert first.shape == (1, *case.latent_shape)
     assert torch.isfinite(first).all()
-    assert 0.05 < first.std() < 20
+    assert first.std() > 0.05
     assert torch.equal(first, sample(model, case, steps=4))
     assert torch.equal(first, sample(case.build(), case, steps=4))
 
@@ -116,4 +116,4 @@ def test_control_reaches_the_output_and_ends_with_its_range(case: Case) -> None:
 
 
 def _differ(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool((a - b).abs().max() > 1e-4)
+    return bool((a - b).abs().max() > 1e-4 * a.abs().max())  # PixArt's sigmas reach 157, its latents thousands

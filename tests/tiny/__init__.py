@@ -4,8 +4,10 @@ from .case import Case, Conditioning
 from .control import FakeControl, fake_control, with_control
 from .images import CASES as _IMAGES
 from .sampling import count_calls, record_outputs, sample, sample_custom
+from .undeclared import CASES as _UNDECLARED
+from .videos import CASES as _VIDEOS
 
-CASES: dict[str, Case] = {case.name: case for case in _IMAGES}
+CASES: dict[str, Case] = {case.name: case for case in [*_IMAGES, *_VIDEOS, *_UNDECLARED]}
 
 __all__ = [
     "CASES",
