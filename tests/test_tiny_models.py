@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import comfy.clip_vision
 import pytest
 import torch
 from tiny import CASES, Case, count_calls, fake_control, record_outputs, sample, sample_custom
@@ -30,6 +33,18 @@ def test_sample_depends_on_noise_text_and_weights(case: Case) -> None:
     assert _differ(first, sample(model, case, steps=2, latent=latent, conds=(other[0], conds[1])))
     assert _differ(first, sample(model, case, steps=2, latent=latent, conds=(conds[0], other[1])))
     assert _differ(first, sample(case.build(seed=1), case, steps=2, latent=latent, conds=conds))
+
+
+@every_case
+def test_sample_depends_on_every_further_conditioning(case: Case) -> None:
+    model = case.build()
+    positive, negative = case.conds(model)
+    first = sample(model, case, steps=2, conds=(positive, negative))
+    for key, value in positive[0][1].items():
+        if value is None:  # an entry the host reads although the model has no use for it
+            continue
+        other = [[positive[0][0], {**positive[0][1], key: _changed(value)}]]
+        assert _differ(first, sample(model, case, steps=2, conds=(other, negative))), key
 
 
 @every_case
@@ -113,6 +128,18 @@ def test_control_reaches_the_output_and_ends_with_its_range(case: Case) -> None:
     short = fake_control(case, 0.5, percent=(0.0, 0.1))
     assert _differ(plain, sample(model, case, steps=3, control=short))
     assert short.calls < 3
+
+
+def _changed(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return 1 - value if value.unique().numel() == 2 else value + value.roll(1, -1)
+    if isinstance(value, list):
+        return [_changed(item) for item in value]
+    if isinstance(value, comfy.clip_vision.Output):
+        other = comfy.clip_vision.Output()
+        other.__dict__ = {key: _changed(item) for key, item in value.__dict__.items()}
+        return other
+    return value + 1
 
 
 def _differ(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -35,6 +35,8 @@ class Case:
         extras: `(draw, batch)` to further conditioning entries; `draw(name, *shape)` is a seeded normal.
         noise_mask: `batch` to a denoise mask, where the family treats masked samples in its own way.
         control: Keys of the control residuals, one per block list, or None where the family takes no control.
+        input_gain: Factor of the patch embedding. Noise-predicting models need a small one: random weights do not
+            denoise, so their input grows as sigma falls, and would drown what the blocks add.
     """
 
     name: str
@@ -49,11 +51,14 @@ class Case:
     extras: Extras = lambda draw, batch: {}
     noise_mask: Callable[[int], Tensor] | None = None
     control: tuple[str, ...] | None = None
+    input_gain: float = 1.0
 
     def build(self, seed: int = 0) -> ModelPatcher:
         """A fresh model on the CPU; equal seeds give equal weights."""
         model = self.make()
         initialise(model.diffusion_model, seed)
+        if self.input_gain != 1:
+            next(model.diffusion_model.x_embedder.parameters()).mul_(self.input_gain)
         return ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
     def blocks(self, diffusion_model: nn.Module) -> list[nn.Module]:

@@ -1,13 +1,14 @@
-"""Tiny image models: SD3, PixArt, Flux."""
+"""Tiny image models: SD3, PixArt, Flux, Chroma."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_base
 import comfy.supported_models as models
 
-from .case import Case, from_config
+from .case import Case, Extras, from_config
 
 TEXT = (8, 32)
 
@@ -42,6 +43,15 @@ def _flux(config: type[models.Flux]) -> comfy.model_base.BaseModel:
     return from_config(config, {**size, **ports, **rest})
 
 
+def _chroma() -> comfy.model_base.BaseModel:
+    size = {"hidden_size": 64, "num_heads": 2, "mlp_ratio": 2.0, "depth": 3, "depth_single_blocks": 5}
+    ports = {"in_channels": 64, "out_channels": 64, "patch_size": 2, "vec_in_dim": 16, "context_in_dim": TEXT[1]}
+    rest = {"axes_dim": [8, 12, 12], "theta": 10000, "qkv_bias": True, "txt_ids_dims": []}
+    # 64 inputs are fixed in the host (chroma/model.py: 16 + 16 + 32), and so are 344 modulation tokens
+    modulation = {"in_dim": 64, "out_dim": 64, "hidden_dim": 16, "n_layers": 1}
+    return from_config(models.Chroma, {**size, **ports, **rest, **modulation})
+
+
 def _sd3_case(name: str, **extra: Any) -> Case:
     return Case(
         name=name,
@@ -70,21 +80,27 @@ def _pixart_case(name: str, config: type[models.PixArtAlpha], micro_condition: b
         depth=8,
         width=48,
         text=TEXT,
+        input_gain=0.03,
     )
 
 
-def _flux_case(name: str, config: type[models.Flux], extras: dict[str, float]) -> Case:
+def _flux_case(
+    name: str,
+    make: Callable[[], comfy.model_base.BaseModel],
+    extras: Extras = lambda draw, batch: {},
+    family: str = "flux",
+) -> Case:
     return Case(
         name=name,
-        family="flux",
-        make=lambda: _flux(config),
+        family=family,
+        make=make,
         latent_shape=(16, 8, 12),
         patch=(2, 2),
         lists=("double_blocks", "single_blocks"),
         depth=8,
         width=64,
         text=TEXT,
-        extras=lambda draw, batch: {"pooled_output": draw("pooled", 1, 16), **extras},
+        extras=extras,
         control=("input", "output"),
     )
 
@@ -94,6 +110,24 @@ CASES = [
     _sd3_case("sd35", qk_norm="rms", x_block_self_attn_layers=[0, 1, 2]),
     _pixart_case("pixart_alpha", models.PixArtAlpha, True),
     _pixart_case("pixart_sigma", models.PixArtSigma, False),
-    _flux_case("flux", models.FluxSchnell, {}),
-    _flux_case("flux_guidance", models.Flux, {"guidance": 3.5}),
+    _flux_case(
+        "flux",
+        lambda: _flux(models.FluxSchnell),
+        lambda draw, batch: {"pooled_output": draw("pooled", 1, 16)},
+    ),
+    _flux_case(
+        "flux_guidance",
+        lambda: _flux(models.Flux),
+        lambda draw, batch: {"pooled_output": draw("pooled", 1, 16), "guidance": 3.5},
+    ),
+    _flux_case(  # reference tokens behind the image tokens; control residuals cover the latter only
+        "flux_kontext",
+        lambda: _flux(models.Flux),
+        lambda draw, batch: {
+            "pooled_output": draw("pooled", 1, 16),
+            "guidance": 2.5,
+            "reference_latents": [draw("reference", 1, 16, 8, 8)],
+        },
+    ),
+    _flux_case("chroma", _chroma, family="chroma"),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.conds
 import comfy.latent_formats
@@ -73,8 +73,8 @@ class PlainDiT(nn.Module):
 
 
 class _Config(comfy.supported_models_base.BASE):
-    unet_config = {"disable_unet_model_creation": True}
-    unet_extra_config: dict[str, Any] = {}
+    unet_config: ClassVar = {"disable_unet_model_creation": True}
+    unet_extra_config: ClassVar = {}
     latent_format = comfy.latent_formats.SD15
 
 
@@ -100,5 +100,6 @@ CASES = [
         depth=8,
         width=48,
         text=None,
+        input_gain=0.2,
     )
 ]
