@@ -1,0 +1,168 @@
+"""What the user asked for, validated: `Config`; and what it means for one model: `Effective`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+PRESETS = ("auto", "paper", "custom")
+WINDOWS = ("noise_level", "steps")
+FORECASTS = ("taylor", "delta", "hold")
+CACHE_DEVICES = ("auto", "gpu", "cpu")
+RECOMMENDED = -1
+"""The value of `boundary` that stands for the model family's recommended one."""
+FEW_STEPS = 8
+"""`auto` and `paper` compute everything when the noise level falls as fast as in a run of this many steps or fewer."""
+
+
+class ConfigError(ValueError):
+    """A setting is out of its range; the message names the setting, the value and the range."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The settings of one Accelerate node.
+
+    Attributes:
+        enabled: False computes every block of every step.
+        preset: `auto` takes the family's recommended values, `paper` the published method, `custom` the fields below.
+        group_size: N, steps per group of one cache step and N-1 reuse steps; 1 is off.
+        start_percent: Start of the window, share 0..1, inclusive.
+        end_percent: End of the window, share 0..1, exclusive.
+        window: What the two shares measure: the host's `noise_level` or the executed `steps`.
+        boundary: Last block that is skipped, 0-based; -1 for the recommended one.
+        forecast: What is injected at a reuse step, see `forecast.py`.
+        cache_device: Where features are kept.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    enabled: bool = True
+    preset: str = "auto"
+    group_size: int = 2
+    start_percent: float = 0.40
+    end_percent: float = 0.95
+    window: str = "noise_level"
+    boundary: int = RECOMMENDED
+    forecast: str = "taylor"
+    cache_device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("preset", PRESETS), ("window", WINDOWS), ("forecast", FORECASTS), ("cache_device", CACHE_DEVICES)
+        ):
+            _require(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
+        _require(_is_int(self.group_size) and self.group_size >= 1, "group_size", self.group_size,
+                 "a whole number >= 1 (1 = off)")
+        _require(_is_int(self.boundary) and self.boundary >= RECOMMENDED, "boundary", self.boundary,
+                 "a 0-based block index, or -1 for the recommended one")
+        for name in ("start_percent", "end_percent"):
+            value = getattr(self, name)
+            _require(_is_number(value) and 0.0 <= value <= 1.0, name, value, "a share from 0 to 1")
+        if self.start_percent >= self.end_percent:
+            raise ConfigError(
+                f"start_percent = {self.start_percent} must be below end_percent = {self.end_percent}: "
+                "the window between them is where steps are reused. Lower the start or raise the end."
+            )
+
+    @property
+    def active(self) -> bool:
+        """Whether any step could be reused at all."""
+        return self.enabled and self.group_size > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """The recommended values of a model family.
+
+    Attributes:
+        paper_window: Window of the `paper` preset, shares of executed steps (method, section 2).
+        window: Window of the `auto` preset, shares of the noise level.
+        boundary_share: The boundary as a share of depth: round(share * L) - 1.
+        forecast: Forecast of the `auto` preset.
+        source: `measured` or `by analogy`, with where from.
+    """
+
+    paper_window: tuple[float, float] = (0.40, 0.95)
+    window: tuple[float, float] = (0.40, 0.95)
+    boundary_share: float = 0.75
+    forecast: str = "taylor"
+    source: str = "by analogy with the published models"
+
+    def boundary(self, depth: int) -> int:
+        """The recommended boundary of a model of `depth` blocks, 0-based (28 -> 20)."""
+        return max(0, min(depth - 1, round(self.boundary_share * depth) - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Effective:
+    """The values in force for one model: `Config` after preset, family and depth have spoken."""
+
+    preset: str
+    group_size: int
+    start_percent: float
+    end_percent: float
+    window: str
+    boundary: int
+    depth: int
+    forecast: str
+    cache_device: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The values as plain JSON data, with the boundary also in words."""
+        return dataclasses.asdict(self) | {"boundary_label": self.boundary_label}
+
+    @property
+    def boundary_label(self) -> str:
+        """For example `21 of 28 blocks`: how many blocks a reuse step skips."""
+        return f"{self.boundary + 1} of {self.depth} blocks"
+
+
+def resolve(config: Config, defaults: Defaults, depth: int) -> Effective:
+    """Apply precedence (design.md) to the settings of one model.
+
+    Args:
+        config: What the user asked for.
+        defaults: The family's recommended values.
+        depth: L, the number of blocks of the model.
+
+    Raises:
+        ConfigError: The boundary is outside the depth of the model.
+    """
+    if config.boundary >= depth:
+        raise ConfigError(
+            f"boundary = {config.boundary} is outside this model: it has {depth} blocks, so the range is 0 to "
+            f"{depth - 1}, or -1 for the recommended {defaults.boundary(depth)}."
+        )
+    window, forecast, boundary = config.window, config.forecast, config.boundary
+    start, end = config.start_percent, config.end_percent
+    if config.preset == "paper":
+        (start, end), window, forecast, boundary = defaults.paper_window, "steps", "hold", RECOMMENDED
+    elif config.preset == "auto":
+        (start, end), window, forecast, boundary = defaults.window, "noise_level", defaults.forecast, RECOMMENDED
+    return Effective(
+        preset=config.preset,
+        group_size=config.group_size if config.enabled else 1,
+        start_percent=start,
+        end_percent=end,
+        window=window,
+        boundary=defaults.boundary(depth) if boundary == RECOMMENDED else boundary,
+        depth=depth,
+        forecast=forecast,
+        cache_device=config.cache_device,
+    )
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} = {value!r} is not valid: expected {expected}.")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,81 @@
+"""The declaration of a model family: where its blocks are and what flows through them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import nn
+
+from blockdance_core.config import Defaults
+from blockdance_core.interception import Block, Feature, Port
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A list of like blocks inside a model.
+
+    Attributes:
+        path: Attribute of the diffusion model that holds the list.
+        ports: Parameters of the block's forward that carry the feature, in the order in which the block returns them;
+            a name and its position.
+        hook: First part of the host's `patches_replace` key, such as `double_block`.
+        join: Maps the feature of the section before to the layout of this one; None where that is not known.
+    """
+
+    path: str
+    ports: tuple[Port, ...]
+    hook: str | None = None
+    join: Callable[[Feature], Feature] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A model family as data. See docs/adding-a-model.md.
+
+    Attributes:
+        name: Shown to the user and written to reports.
+        classes: Names of the diffusion model classes, subclasses included.
+        sections: The lists of blocks, in the order of execution.
+        defaults: Recommended values and where they come from.
+        refused: Subclasses that do not fit, with the reason.
+        verify: Whether the flow between blocks is checked on the first evaluation of every run.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    sections: tuple[Section, ...]
+    defaults: Defaults = Defaults()
+    refused: tuple[tuple[str, str], ...] = ()
+    verify: bool = False
+
+    def blocks(self, diffusion_model: nn.Module) -> tuple[Block, ...]:
+        """All blocks in the order of execution; empty if a declared list is missing."""
+        blocks: list[Block] = []
+        layout: Callable[[Feature], Feature] | None = _same
+        for position, section in enumerate(self.sections):
+            try:
+                modules = diffusion_model.get_submodule(section.path)
+            except AttributeError:
+                return ()
+            if not isinstance(modules, nn.ModuleList):
+                return ()
+            if position:
+                layout = _then(layout, section.join) if blocks else _same
+            blocks += [
+                Block(module, section.ports, (section.hook, index) if section.hook else None, layout)
+                for index, module in enumerate(modules)
+            ]
+        return tuple(blocks)
+
+
+def _same(feature: Feature) -> Feature:
+    return feature
+
+
+def _then(
+    first: Callable[[Feature], Feature] | None, second: Callable[[Feature], Feature] | None
+) -> Callable[[Feature], Feature] | None:
+    if first is None or second is None:
+        return None
+    return lambda feature: second(first(feature))

@@ -1,0 +1,93 @@
+"""Models that nobody declared: find the list of blocks by structure, and check the flow between them by running."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from blockdance_core.config import Defaults
+from blockdance_core.families._record import Family, Section
+from blockdance_core.families._unsupported import UnsupportedModelError
+from blockdance_core.interception import Passage, Port, signature
+
+_MIN_BLOCKS = 4
+_MIN_SHARE = 0.5
+_UNET_LISTS = (("input_blocks", "output_blocks"), ("down_blocks", "up_blocks"))
+_ADVICE = "See docs/adding-a-model.md."
+
+
+def undeclared(model: nn.Module) -> Family:
+    """A family for a model of unknown class with one plain list of like blocks, such as a third party's DiT.
+
+    Args:
+        model: The diffusion model.
+
+    Raises:
+        UnsupportedModelError: It is a U-Net, or there is no such list, or more than one.
+    """
+    name = type(model).__name__
+    for lists in _UNET_LISTS:
+        if all(hasattr(model, path) for path in lists):
+            raise UnsupportedModelError(
+                f"{name} is a U-Net ({' and '.join(lists)}): BlockDance accelerates diffusion transformers only."
+            )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    candidates = {path: size for path, modules in model.named_modules()
+                  if isinstance(modules, nn.ModuleList) and (size := _size_of_like_blocks(modules)) > 0.1 * total}
+    candidates = {path: size for path, size in candidates.items()
+                  if not any(path.startswith(f"{outer}.") for outer in candidates)}
+    if not candidates:
+        children = ", ".join(child for child, _ in model.named_children()) or "none"
+        raise UnsupportedModelError(
+            f"No block list found in {name} (children: {children}). Supported: a list of {_MIN_BLOCKS} or more like "
+            f"blocks that holds most of the model, or a declared family. {_ADVICE}"
+        )
+    if len(candidates) > 1 or max(candidates.values()) < _MIN_SHARE * total:
+        raise UnsupportedModelError(
+            f"The block lists of {name} are ambiguous ({', '.join(candidates)}): without a declaration only a single list "
+            f"that holds most of the model is accelerated. {_ADVICE}"
+        )
+    (path,) = candidates
+    block = model.get_submodule(path)[0]  # type: ignore[index]
+    parameters = [parameter.name for parameter in inspect.signature(block.forward).parameters.values()
+                  if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)]
+    port = Port(parameters[0] if parameters else "x", 0)
+    return Family(
+        name=f"undeclared ({name})", classes=(name,), sections=(Section(path, (port,)),),
+        defaults=Defaults(source="by analogy with the published models; found by structure"), verify=True,
+    )
+
+
+def _size_of_like_blocks(modules: nn.ModuleList) -> int:
+    if len(modules) < _MIN_BLOCKS or len({type(module) for module in modules}) > 1:
+        return 0
+    return sum(parameter.numel() for parameter in modules.parameters())
+
+
+class FlowCheck:
+    """Checks on one full call that each block takes what the one before returned, and nothing else of the others."""
+
+    def __init__(self) -> None:
+        self._returned: list[weakref.ref[Tensor]] = []
+
+    def failure(self, index: int, passage: Passage) -> str | None:
+        """Why skipping would be wrong, judged after block `index` ran; None as long as nothing speaks against it."""
+        if passage.received is None or passage.returned is None or passage.returned[0] is None:
+            return f"block {index} does not take and return one tensor"
+        received, returned = passage.received[0], passage.returned[0]
+        if received is None or signature(passage.received) != signature(passage.returned):
+            return f"block {index} returns another shape than it takes"
+        if index and not _same(received, self._returned[-1]()):
+            return f"block {index} does not take what block {index - 1} returned"
+        earlier = [tensor for reference in self._returned if (tensor := reference()) is not None]
+        if any(argument is tensor for argument in passage.arguments if argument is not received for tensor in earlier):
+            return f"block {index} also takes the output of an earlier block (a long skip connection)"
+        self._returned.append(weakref.ref(returned))
+        return None
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    return one is other or (other is not None and one.shape == other.shape and bool(torch.equal(one, other)))

@@ -1,0 +1,6 @@
+"""Chroma and Chroma Radiance (host: comfy/ldm/chroma/model.py, v0.30.0)."""
+
+from blockdance_core.families._common import DOUBLE_THEN_SINGLE
+from blockdance_core.families._record import Family
+
+FAMILY = Family(name="Chroma", classes=("Chroma",), sections=DOUBLE_THEN_SINGLE)

@@ -1,0 +1,6 @@
+"""Flux (host: comfy/ldm/flux/model.py, v0.30.0)."""
+
+from blockdance_core.families._common import DOUBLE_THEN_SINGLE
+from blockdance_core.families._record import Family
+
+FAMILY = Family(name="Flux", classes=("Flux",), sections=DOUBLE_THEN_SINGLE)

@@ -1,0 +1,12 @@
+"""HunyuanVideo (host: comfy/ldm/hunyuan_video/model.py, v0.30.0)."""
+
+from blockdance_core.config import Defaults
+from blockdance_core.families._common import DOUBLE_THEN_SINGLE
+from blockdance_core.families._record import Family
+
+FAMILY = Family(
+    name="HunyuanVideo",
+    classes=("HunyuanVideo",),
+    sections=DOUBLE_THEN_SINGLE,
+    defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
+)

@@ -1,0 +1,219 @@
+"""Attach the configuration to a MODEL: a clone with keyed wrappers. The state of a run lives in its `Session`.
+
+Host: comfy/patcher_extension.py and comfy/samplers.py, v0.30.0. Nesting: OUTER_SAMPLE > PREPARE_SAMPLING > per evaluation
+PREDICT_NOISE > per batch APPLY_MODEL.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import logging
+import math
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from comfy import model_management
+from comfy.model_patcher import create_model_options_clone
+from comfy.patcher_extension import WrappersMP
+
+from blockdance_core import families
+from blockdance_core.config import Config, Effective, resolve
+from blockdance_core.forecast import FORECASTS
+from blockdance_core.host import notify
+from blockdance_core.host.levels import noise_levels
+from blockdance_core.report import run_record, summary
+from blockdance_core.session import CallInfo, Session
+
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
+    from comfy.patcher_extension import WrapperExecutor
+
+log = logging.getLogger(__name__)
+KEY = "blockdance"
+_MAX_RUNS = 64
+_TEXT_TOKENS = 512
+
+
+class Handle:
+    """What a MODEL and its clones carry: the configuration, and figures of finished runs. No tensors.
+
+    Attributes:
+        config: The settings of the node.
+        node_id: The Accelerate node, for messages to the page.
+        effective: The settings in force for this model.
+        family: Name of the model family.
+        width: Width of the model's tokens, for the estimate before the first evaluation.
+    """
+
+    def __init__(self, config: Config, node_id: str | None, match: families.Match) -> None:
+        self.config = config
+        self.node_id = node_id
+        self.effective: Effective = resolve(config, match.family.defaults, len(match.blocks))
+        self.family = match.family.name
+        shapes = [min(parameter.shape) for parameter in match.blocks[0].module.parameters() if parameter.ndim == 2]
+        self.width = statistics.mode(shapes) if shapes else 0
+        self._runs: collections.deque[tuple[str | None, dict[str, Any]]] = collections.deque(maxlen=_MAX_RUNS)
+
+    def add(self, run: dict[str, Any], prompt_id: str | None) -> None:
+        """Log a finished run."""
+        self._runs.append((prompt_id, run))
+
+    def runs(self, prompt_id: str | None = None) -> list[dict[str, Any]]:
+        """Finished runs, oldest first: those of one prompt if it has any, else all that are still logged."""
+        of_prompt = [run for prompt, run in self._runs if prompt_id is not None and prompt == prompt_id]
+        return of_prompt or [run for _, run in self._runs]
+
+
+def attach(model: ModelPatcher, config: Config, node_id: str | None = None) -> ModelPatcher:
+    """A clone of `model` that is accelerated as configured whenever it is sampled. The input stays as it is.
+
+    Args:
+        model: The host's MODEL. If it was accelerated before, the new settings replace the old ones.
+        config: Settings. Inactive ones (`enabled` false or N = 1) leave the result bit-identical; time is measured.
+        node_id: The node to send messages to.
+
+    Raises:
+        UnsupportedModelError: No list of blocks that can be skipped was found.
+        ConfigError: The boundary is outside the depth of the model.
+    """
+    diffusion_model = model.get_model_object("diffusion_model")
+    handle = Handle(config, node_id, families.find(diffusion_model))
+    clone = model.clone()
+    for wrapper_type, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, functools.partial(_outer_sample, handle)),
+        (WrappersMP.PREPARE_SAMPLING, functools.partial(_prepare_sampling, handle)),
+        (WrappersMP.PREDICT_NOISE, _predict_noise),
+        (WrappersMP.APPLY_MODEL, _apply_model),
+    ):
+        clone.remove_wrappers_with_key(wrapper_type, KEY)
+        clone.add_wrapper_with_key(wrapper_type, KEY, wrapper)
+    clone.set_attachments(KEY, handle)
+    return clone
+
+
+def handle_of(model: ModelPatcher) -> Handle | None:
+    """The handle that `attach` left on a MODEL, through any clones; None if there is none."""
+    handle = model.get_attachment(KEY)
+    return handle if isinstance(handle, Handle) else None
+
+
+def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    guider = executor.class_obj
+    sigmas = [float(sigma) for sigma in (args[3] if len(args) > 3 else kwargs["sigmas"])]
+    # Nodes such as ModelSampling* replace model_sampling on a later clone; BaseModel's own may still be a former run's.
+    model_sampling = guider.model_patcher.get_model_object("model_sampling")
+    levels = noise_levels(model_sampling, sigmas) if handle.config.active else []
+    prompt_id, sampler_node = notify.executing()
+    decisions: dict[int, str] = {}
+
+    def tell(step: int, decision: str) -> None:
+        decisions[step] = decision
+        notify.send("progress", {
+            "node_id": handle.node_id, "step": step, "steps": len(session.figures), "decision": decision,
+            "decisions": [decisions.get(index) for index in range(len(session.figures))],
+        })
+
+    session = Session(handle.config, sigmas, levels, tell)
+    before = guider.model_options
+    guider.model_options = create_model_options_clone(before)
+    guider.model_options.setdefault("transformer_options", {})[KEY] = session
+    completed = False
+    try:
+        result = executor(*args, **kwargs)
+        completed = True
+        return result
+    finally:
+        guider.model_options = before
+        session.close()
+        run = run_record(session, completed=completed)
+        handle.add(run, prompt_id)
+        line = summary(run)
+        log.info("%s", line)
+        notify.send("run", {"node_id": handle.node_id, "summary": line, "run": run})
+        notify.progress_text(line, sampler_node)
+
+
+def _prepare_sampling(
+    handle: Handle, executor: WrapperExecutor, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **kwargs: Any
+) -> Any:  # noqa: ANN401
+    # The host keeps free what its estimate for this shape says. Features come on top: ask for that many more samples.
+    wanted = _announced_bytes(handle, model, noise_shape)
+    if wanted:
+        of_one = model.model.memory_required([1, *noise_shape[1:]])
+        noise_shape = [noise_shape[0] + math.ceil(wanted / (2 * max(of_one, 1))), *noise_shape[1:]]
+    return executor(model, noise_shape, *args, **kwargs)
+
+
+def _announced_bytes(handle: Handle, model: ModelPatcher, noise_shape: Sequence[int]) -> int:
+    """Estimate of the bytes to be stored on the model's device, before anything is known of the tokens."""
+    if not handle.config.active or handle.config.cache_device == "cpu" or model_management.is_device_cpu(model.load_device):
+        return 0
+    tokens = math.prod(noise_shape[2:]) // 4 + _TEXT_TOKENS
+    element = torch.empty((), dtype=model.model.get_dtype_inference()).element_size()
+    return 2 * noise_shape[0] * tokens * handle.width * element * (FORECASTS[handle.effective.forecast].order + 1)
+
+
+def _predict_noise(
+    executor: WrapperExecutor, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:  # noqa: ANN401
+    session = _session_in(model_options.get("transformer_options", {}))
+    if session is None:
+        return executor(x, timestep, model_options, *args, **kwargs)
+    session.begin_evaluation(float(timestep.reshape(-1)[0]))  # synchronises the GPU, once per evaluation
+    session.evaluating = True
+    try:
+        return executor(x, timestep, model_options, *args, **kwargs)
+    finally:
+        session.evaluating = False
+
+
+def _apply_model(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[5] if len(args) > 5 else {}
+    session = _session_in(options)
+    if session is None:
+        return executor(*args, **kwargs)
+    x, timestep = args[0], args[1]
+    control = kwargs["control"] if "control" in kwargs else args[4] if len(args) > 4 else None
+    if not session.evaluating:
+        session.begin_evaluation(float(timestep.reshape(-1)[0]))
+    model: BaseModel = executor.class_obj
+    info = CallInfo(
+        streams=_streams(options), rows=x.shape[0], device=x.device,
+        replaced=frozenset(options.get("patches_replace", {}).get("dit", {})),
+        condition=_control_shapes(control), room=lambda: _room(model, x),
+    )
+    with session.call(model, model.diffusion_model, info):
+        return executor(*args, **kwargs)
+
+
+def _session_in(options: dict[str, Any]) -> Session | None:
+    session = options.get(KEY)
+    return session if isinstance(session, Session) else None
+
+
+def _streams(options: dict[str, Any]) -> tuple[tuple[object, ...], ...]:
+    window = options.get("context_window")
+    frames = tuple(getattr(window, "index_list", ())) if window is not None else None
+    slots = (
+        tuple(sorted(name for name, patches in options.get("patches", {}).items() if patches)),
+        tuple(sorted(f"{name}:{key}" for name, patches in options.get("patches_replace", {}).items() for key in patches)),
+    )
+    chunks = zip(options.get("uuids", ()), options.get("cond_or_uncond", ()), strict=False)
+    return tuple((uuid, index, frames, slots) for uuid, index in chunks)
+
+
+def _control_shapes(control: dict[str, Any] | None) -> tuple[object, ...] | None:
+    if control is None:
+        return None
+    return tuple(sorted(
+        (name, tuple(None if part is None else tuple(part.shape) for part in parts)) for name, parts in control.items()
+    ))
+
+
+def _room(model: BaseModel, x: torch.Tensor) -> float:
+    """Bytes free on the device beyond what the host expects one call of this batch to need."""
+    return float(model_management.get_free_memory(x.device)) - float(model.memory_required(list(x.shape)))

@@ -1,0 +1,35 @@
+"""Messages to the page and the console. Without a running server they go to the log only."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+def send(event: str, data: dict[str, Any]) -> None:
+    """Send `blockdance.<event>` to every open page."""
+    server = _server()
+    if server is not None:
+        server.send_sync(f"blockdance.{event}", data)
+
+
+def progress_text(text: str, node_id: str | None) -> None:
+    """Show a line under the node that is executing, such as the sampler."""
+    server = _server()
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)
+
+
+def executing() -> tuple[str | None, str | None]:
+    """(prompt id, node id) of the node that the host executes in this context; (None, None) outside of the server."""
+    utils = sys.modules.get("comfy_execution.utils")
+    context = utils.get_executing_context() if utils is not None else None
+    return (context.prompt_id, context.node_id) if context is not None else (None, None)
+
+
+def _server() -> Any:  # noqa: ANN401  the host's PromptServer
+    module = sys.modules.get("server")
+    return getattr(getattr(module, "PromptServer", None), "instance", None)

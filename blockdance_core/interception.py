@@ -1,0 +1,188 @@
+"""The core idea: run one model call with blocks 0..boundary observed, or skipped and their output injected.
+
+For the time of a call the `forward` of a few blocks is replaced by a hook, and put back afterwards, whatever happens. The
+model's own forward runs unchanged around it, so control residuals, injectors, patches and new host versions keep working.
+A skipped block hands its input on; the boundary block returns the injected feature. Nothing is left on the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+Feature = tuple["Tensor | None", ...]
+"""What flows from block to block, in the order the block returns it; for example (text, image) tokens [B, N, D]."""
+
+
+class Port(NamedTuple):
+    """Where a block receives one component of the feature: parameter name and position."""
+
+    name: str
+    position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One transformer block of a model and what flows through it.
+
+    Attributes:
+        module: The block.
+        ports: Where it receives the feature, in the order in which it returns it. A single port means a bare tensor.
+        hook_key: The host's `patches_replace` key for this block, if it has one.
+        to_boundary_layout: Maps a feature of block 0 to the layout of this block; None where that is not known.
+    """
+
+    module: nn.Module
+    ports: tuple[Port, ...]
+    hook_key: tuple[str, int] | None = None
+    to_boundary_layout: Callable[[Feature], Feature] | None = lambda feature: feature
+
+    def received(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Feature | None:
+        """The feature in the arguments of a call, or None if they are not of the declared form."""
+        feature = tuple(
+            kwargs[port.name] if port.name in kwargs else args[port.position] if port.position < len(args) else self
+            for port in self.ports
+        )
+        return feature if _is_feature(feature) else None
+
+    def returned(self, value: object) -> Feature | None:
+        """The feature in a return value, or None if it is not of the declared form."""
+        feature = (value,) if len(self.ports) == 1 else value
+        return feature if isinstance(feature, tuple) and len(feature) == len(self.ports) and _is_feature(feature) else None
+
+    def to_return(self, feature: Feature) -> object:
+        """The return value that carries `feature`."""
+        return feature[0] if len(self.ports) == 1 else feature
+
+
+def _is_feature(values: Iterable[object]) -> bool:
+    return all(value is None or isinstance(value, Tensor) for value in values)
+
+
+class Passage(NamedTuple):
+    """One run of an observed block. A feature is None where a call is not of the declared form.
+
+    Attributes:
+        received: The feature in the block's arguments; the block may have written into it.
+        returned: The block's raw output, before anything of the host's is added to it.
+        arguments: All arguments of the block.
+    """
+
+    received: Feature | None
+    returned: Feature | None
+    arguments: tuple[Any, ...]
+
+
+class Visitor(Protocol):
+    """What happens during one call; see `intercept`."""
+
+    def at_input(self, feature: Feature | None) -> Feature | None:
+        """Sees the input of block 0 before it runs; returns the feature to inject, or None to compute everything."""
+
+    def at_output(self, index: int, passage: Passage) -> None:
+        """Sees the passage of an observed block in a call that computes."""
+
+
+class InterceptionError(RuntimeError):
+    """A call did not pass the blocks as the family declares: an error in this pack, never a reason to go on."""
+
+
+@contextlib.contextmanager
+def intercept(
+    blocks: Sequence[Block], visitor: Visitor, *, observe: Iterable[int] = (), boundary: int | None = None
+) -> Iterator[None]:
+    """Let `visitor` watch, and possibly shorten, the model call made inside this context.
+
+    Args:
+        blocks: All blocks of the model, in the order of execution.
+        visitor: Asked at block 0 whether to inject; told the outputs of observed blocks otherwise.
+        observe: 0-based indices of blocks whose output is observed when the call computes.
+        boundary: Last block to skip if the visitor injects; None for a call that computes in any case.
+
+    Raises:
+        InterceptionError: The visitor injected, and the boundary block was not passed exactly once.
+    """
+    call = _Call(blocks, visitor, frozenset(observe), boundary)
+    hooked = {0, *call.observed, *range(0 if boundary is None else boundary + 1)}
+    with contextlib.ExitStack() as stack:
+        for index in sorted(hooked):
+            stack.enter_context(_forward_replaced(blocks[index].module, call, index))
+        yield
+    if call.injected is not None and call.injections != 1:
+        raise InterceptionError(
+            f"the feature was injected {call.injections} times in one call at block {boundary} of "
+            f"{type(blocks[0].module).__name__}; please report this with the model's name"
+        )
+
+
+class _Call:
+    """The state of one intercepted call."""
+
+    def __init__(self, blocks: Sequence[Block], visitor: Visitor, observed: frozenset[int], boundary: int | None) -> None:
+        self.blocks = blocks
+        self.visitor = visitor
+        self.observed = observed
+        self.boundary = boundary
+        self.injected: Feature | None = None
+        self.injections = 0
+
+    def forward(self, index: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        block = self.blocks[index]
+        if index == 0:
+            feature = block.received(args, kwargs)
+            self.injected = self.visitor.at_input(feature)
+        elif self.injected is not None:
+            feature = block.received(args, kwargs)
+        if self.injected is None:
+            value = original(*args, **kwargs)
+            if index in self.observed:
+                passage = Passage(block.received(args, kwargs), block.returned(value), (*args, *kwargs.values()))
+                self.visitor.at_output(index, passage)
+            return value
+        if index == self.boundary:
+            self.injections += 1
+            return block.to_return(self.injected)
+        if feature is None:
+            raise InterceptionError(f"block {index} was called with other arguments than its family declares")
+        # The host adds control residuals to what a block returns, in place: never hand back the caller's own tensor.
+        return block.to_return(cloned(feature) if index == 0 else feature)
+
+
+@contextlib.contextmanager
+def _forward_replaced(module: nn.Module, call: _Call, index: int) -> Iterator[None]:
+    # Other packs leave an instance attribute `forward` on blocks; it is what runs inside ours, and it is put back.
+    missing = object()
+    before = module.__dict__.get("forward", missing)
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> object:
+        return call.forward(index, original, args, kwargs)
+
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is missing:
+            del module.__dict__["forward"]
+        else:
+            module.forward = before  # type: ignore[method-assign]
+
+
+def cloned(feature: Feature) -> Feature:
+    """A copy of every component."""
+    return tuple(None if part is None else part.clone() for part in feature)
+
+
+def signature(feature: Feature) -> tuple[object, ...]:
+    """Shape without the batch, dtype and device of every component: features of different signature never mix."""
+    return tuple(None if part is None else (tuple(part.shape[1:]), part.dtype, part.device) for part in feature)
+
+
+def nbytes(feature: Feature) -> int:
+    """Size in bytes."""
+    return sum(0 if part is None else part.numel() * part.element_size() for part in feature)
+

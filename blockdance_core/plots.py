@@ -1,0 +1,57 @@
+"""Pictures of a run. Drawn with Pillow, which the host already has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+COLOURS = {"compute": (90, 98, 110), "cache": (230, 159, 0), "reuse": (0, 114, 178), "mixed": (204, 121, 167)}
+"""By decision; from the colour-blind safe palette of Okabe and Ito."""
+_BACKGROUND, _INK, _FAINT = (24, 26, 30), (235, 237, 240), (140, 146, 155)
+_WIDTH, _HEIGHT, _MARGIN = 960, 300, 40
+
+
+def timeline(run: dict[str, Any]) -> np.ndarray:
+    """One bar per step: height is the measured time, colour the decision.
+
+    Args:
+        run: A run record, see `report.run_record`.
+
+    Returns:
+        Picture [300, 960, 3], float32, 0..1.
+    """
+    image = Image.new("RGB", (_WIDTH, _HEIGHT), _BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    title, small = ImageFont.load_default(18), ImageFont.load_default(13)
+    draw.text((_MARGIN, 14), _heading(run), fill=_INK, font=title)
+    floor, ceiling = _HEIGHT - 62, 58
+    steps, highest = run["steps"], max(run["dit_ms"], default=0.0) or 1.0
+    pitch = (_WIDTH - 2 * _MARGIN) / max(steps, 1)
+    for step in range(steps):
+        left = _MARGIN + step * pitch
+        top = floor - max(3.0, (floor - ceiling) * run["dit_ms"][step] / highest)
+        draw.rectangle((left, top, left + max(pitch - 2, 1), floor), fill=COLOURS[run["decisions"][step]])
+        if step in (0, steps - 1) or step % max(1, steps // 10) == 0:
+            draw.text((left, floor + 4), str(step), fill=_FAINT, font=small)
+    if steps:
+        draw.text((_MARGIN, 40), f"{highest:.4g} ms", fill=_FAINT, font=small)
+    left = float(_MARGIN)
+    for name, colour in COLOURS.items():
+        count = run["decisions"].count(name)
+        if count:
+            draw.rectangle((left, _HEIGHT - 30, left + 12, _HEIGHT - 18), fill=colour)
+            draw.text((left + 18, _HEIGHT - 32), f"{name} {count}", fill=_INK, font=small)
+            left += 120
+    draw.text((left + 20, _HEIGHT - 32), run["window"]["text"], fill=_FAINT, font=small)
+    return np.asarray(image, dtype=np.float32) / 255.0
+
+
+def _heading(run: dict[str, Any]) -> str:
+    if not run["steps"]:
+        return "; ".join(run["warnings"]) or "no run"
+    config = run["config"]
+    detail = f"N = {config['group_size']}, {config['boundary_label']}, {config['forecast']}" if config.get("group_size", 1) > 1 \
+        else "every step computed"
+    return f"{run['model_family'] or 'not accelerated'}: {run['steps']} steps, {run['reused_steps']} reused ({detail})"

@@ -1,0 +1,113 @@
+"""Numbers of a finished run: what the report node, the events and the console line say."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from blockdance_core.schedule import CACHE, REUSE
+from blockdance_core.session import ModelState, Session
+
+SCHEMA_VERSION = 1
+
+
+def run_record(session: Session, *, completed: bool = True) -> dict[str, Any]:
+    """The figures of one run as plain JSON data.
+
+    Args:
+        session: The run, after its last step. Waits for the GPU to read the timing events.
+        completed: False for a run that was interrupted or failed.
+
+    Returns:
+        `schema_version`, `completed`, `steps`, `sigmas`, `evaluations`, `window`, `decisions`, `boundary`, `blocks_total`,
+        `blocks_run` (per model call, mean over the calls of a step), `calls`, `reused_steps`, `reused_calls`, `fallbacks`,
+        `dit_ms`, `cached_bytes` (peak), `predicted_bytes`, `cut_arithmetic`, `model_family`, `warnings`, `config`.
+    """
+    steps = len(session.figures)
+    state: ModelState | None = next(iter(session.models.values()), None)
+    decisions = [session.decision(step) for step in range(steps)]
+    depth = len(state.blocks) if state else 0
+    blocks_run = [_plain(figures.blocks / figures.calls) if figures.calls else 0 for figures in session.figures]
+    blocks_possible = depth * sum(figures.calls for figures in session.figures)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "completed": completed,
+        "steps": steps,
+        "sigmas": session.sigmas,
+        "evaluations": session.evaluations,
+        "window": _window(state.schedule.window if state else (), steps),
+        "decisions": decisions,
+        "boundary": [
+            state.schedule.steps[step].boundary if state and decision != "compute" and state.active else None
+            for step, decision in enumerate(decisions)
+        ],
+        "blocks_total": depth,
+        "blocks_run": blocks_run,
+        "calls": [figures.calls for figures in session.figures],
+        "reused_steps": decisions.count(REUSE) + decisions.count("mixed"),
+        "reused_calls": sum(figures.reused for figures in session.figures),
+        "fallbacks": dict(session.fallbacks),
+        "dit_ms": [round(value, 3) for value in session.stopwatch.milliseconds(steps)],
+        "cached_bytes": sum(model.cache.peak_bytes for model in session.models.values()),
+        "predicted_bytes": sum(model.predicted_bytes for model in session.models.values()),
+        "cut_arithmetic": round(
+            1 - sum(figures.blocks for figures in session.figures) / blocks_possible, 4) if blocks_possible else 0.0,
+        "model_family": state.family.name if state else None,
+        "warnings": list(session.warnings),
+        "config": (state.effective.as_dict() if state else {}) | {"enabled": session.config.enabled},
+    }
+
+
+def empty_record(reason: str) -> dict[str, Any]:
+    """The record of a model that was not run, or not accelerated, with the reason as its warning."""
+    return {
+        "schema_version": SCHEMA_VERSION, "completed": False, "steps": 0, "sigmas": [], "evaluations": 0,
+        "window": _window((), 0), "decisions": [], "boundary": [], "blocks_total": 0, "blocks_run": [], "calls": [],
+        "reused_steps": 0, "reused_calls": 0, "fallbacks": {}, "dit_ms": [], "cached_bytes": 0, "predicted_bytes": 0,
+        "cut_arithmetic": 0.0, "model_family": None, "warnings": [reason], "config": {},
+    }
+
+
+def report(runs: Sequence[dict[str, Any]], reason: str) -> dict[str, Any]:
+    """The whole report: the last run's keys at the top level, and every run under `runs`.
+
+    Args:
+        runs: Records of finished runs, oldest first.
+        reason: Why there is none, if there is none.
+    """
+    last = runs[-1] if runs else empty_record(reason)
+    return last | {"runs": list(runs)}
+
+
+def summary(run: dict[str, Any]) -> str:
+    """One line for the console and the sampler's progress text."""
+    if not run["steps"]:
+        return f"BlockDance: {'; '.join(run['warnings']) or 'no steps'}"
+    parts = [f"{run['model_family'] or 'model not accelerated'}", run["window"]["text"],
+             f"{run['reused_steps']} reused"]
+    medians = step_medians(run)
+    if medians["reuse"] is not None and medians["compute"] is not None:
+        parts.append(f"compute {medians['compute']:.4g} ms, reuse {medians['reuse']:.4g} ms per step")
+    if run["fallbacks"]:
+        parts.append("computed instead: " + "; ".join(f"{reason} ({count})" for reason, count in run["fallbacks"].items()))
+    return "BlockDance: " + ", ".join(parts + run["warnings"])
+
+
+def step_medians(run: dict[str, Any]) -> dict[str, float | None]:
+    """Median measured milliseconds of the computed and of the reused steps of a run; None where there is none."""
+    timed = list(zip(run["decisions"], run["dit_ms"], strict=True))
+    groups = {"compute": [ms for decision, ms in timed if decision in ("compute", CACHE) and ms > 0],
+              "reuse": [ms for decision, ms in timed if decision == REUSE]}
+    return {name: statistics.median(values) if values else None for name, values in groups.items()}
+
+
+def _window(inside: Sequence[int], steps: int) -> dict[str, Any]:
+    return {
+        "first": inside[0] if inside else None, "last": inside[-1] if inside else None,
+        "covered": len(inside), "steps": steps, "text": f"window covers {len(inside)} of {steps} steps",
+    }
+
+
+def _plain(value: float) -> float:
+    return int(value) if value == int(value) else round(value, 2)

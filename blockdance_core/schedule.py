@@ -1,0 +1,131 @@
+"""When to compute, cache and reuse, and at which boundary. Pure: no tensors, no host."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from blockdance_core.config import FEW_STEPS, Effective
+
+COMPUTE, CACHE, REUSE = "compute", "cache", "reuse"
+_TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One row of a schedule.
+
+    Attributes:
+        decision: `compute`, `cache` or `reuse`.
+        boundary: Last skipped block of the step's group, 0-based; None on a compute step.
+        group: Number of the group; a feature is valid only inside the group it was stored in. None on a compute step.
+        record: Boundaries whose feature a later reuse step needs from this step.
+    """
+
+    decision: str = COMPUTE
+    boundary: int | None = None
+    group: int | None = None
+    record: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The plan of one sampling run.
+
+    Attributes:
+        steps: One row per executed step.
+        window: Indices of the executed steps inside the window, ascending.
+        warnings: What the user should know about this plan.
+    """
+
+    steps: tuple[Step, ...]
+    window: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Every boundary that the plan records at, ascending."""
+        return tuple(sorted({boundary for step in self.steps for boundary in step.record}))
+
+    def cut(self, depth: int) -> float:
+        """Arithmetic cut (method, section 4): share of reuse steps times share of blocks skipped."""
+        skipped = sum((step.boundary or 0) + 1 for step in self.steps if step.decision == REUSE)
+        return skipped / (depth * len(self.steps)) if self.steps else 0.0
+
+
+def build(effective: Effective, levels: Sequence[float], history: int) -> Schedule:
+    """Plan a run: uniform groups of N steps inside the window.
+
+    Args:
+        effective: The settings in force.
+        levels: For each executed step the noise level at its start, and the level at the end of the last: share of
+            the model's noise schedule already passed, 0 (pure noise) to 1 (clean). n + 1 values for n steps.
+        history: Number of earlier computed steps that the forecast uses besides the group's cache step.
+
+    Returns:
+        The schedule. The last step is always computed. A run that starts part-way (img2img, the second of two
+        samplers) computes at least its first two steps. A `noise_level` window also computes at least
+        `start_percent / 2` of the executed steps first: on some schedulers 40 % noise level comes after one step.
+
+    Source: method, section 2 (groups, window); design.md, "Steps, window, groups" and "Few steps".
+    """
+    count = max(len(levels) - 1, 0)
+    inside = _window(effective, levels, count)
+    warnings: list[str] = []
+    if effective.group_size == 1 or count == 0:
+        return Schedule((Step(),) * count, inside)
+    if _few_steps(levels, count):
+        few = f"{count} steps cover as much noise level as {FEW_STEPS} or fewer steps of a full run"
+        if effective.preset != "custom":
+            return Schedule((Step(),) * count, inside, (f"{few}: neighbouring steps differ too much, all computed",))
+        warnings.append(f"{few}: expect visible differences")
+    groups = _groups(_eligible(effective, levels, count, inside), effective.group_size)
+    if not groups:
+        warnings.append("no step can be reused: the window holds too few steps")
+    return Schedule(_with_records(groups, count, effective.boundary, history), inside, tuple(warnings))
+
+
+def _window(effective: Effective, levels: Sequence[float], count: int) -> tuple[int, ...]:
+    if effective.window == "steps":
+        first, stop = (math.ceil(share * count - _TOLERANCE)
+                       for share in (effective.start_percent, effective.end_percent))
+        return tuple(range(first, stop))
+    start, end = effective.start_percent - _TOLERANCE, effective.end_percent - _TOLERANCE
+    return tuple(k for k in range(count) if start <= levels[k] < end)
+
+
+def _eligible(effective: Effective, levels: Sequence[float], count: int, inside: Sequence[int]) -> list[int]:
+    lead = 0
+    if effective.window == "noise_level":
+        lead = math.ceil(effective.start_percent / 2 * count - _TOLERANCE) - 1
+    if levels[0] > 0.01:
+        lead = max(lead, 1)
+    return [k for k in inside if lead <= k < count - 1]
+
+
+def _few_steps(levels: Sequence[float], count: int) -> bool:
+    return abs(levels[-1] - levels[0]) / count >= 1 / FEW_STEPS - _TOLERANCE
+
+
+def _groups(eligible: Sequence[int], size: int) -> list[range]:
+    groups: list[range] = []
+    for k in eligible:
+        if groups and k == groups[-1].stop and len(groups[-1]) < size:
+            groups[-1] = range(groups[-1].start, k + 1)
+        else:
+            groups.append(range(k, k + 1))
+    return [group for group in groups if len(group) > 1]
+
+
+def _with_records(groups: Sequence[range], count: int, boundary: int, history: int) -> tuple[Step, ...]:
+    steps = [Step()] * count
+    for number, group in enumerate(groups):
+        steps[group.start] = Step(CACHE, boundary, number, (boundary,))
+        for k in group[1:]:
+            steps[k] = Step(REUSE, boundary, number)
+    for group in groups:
+        computed = [k for k in range(group.start) if steps[k].decision != REUSE]
+        for k in computed[len(computed) - history:] if history else []:
+            steps[k] = dataclasses.replace(steps[k], record=tuple(sorted({*steps[k].record, boundary})))
+    return tuple(steps)

@@ -1,0 +1,178 @@
+"""What is kept between steps: features per stream, sliced out of the batch of a call, within a hard bound of bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from blockdance_core.forecast import Forecast
+from blockdance_core.interception import Feature, nbytes
+
+StreamKey = Hashable
+"""Tells one stream of evaluations from every other: model, conditioning, window, occurrence, patches, shape, device."""
+
+
+@dataclasses.dataclass
+class Entry:
+    """What one stream stored at one step.
+
+    Attributes:
+        step: Index of the executed step.
+        group: The group it is valid in; elsewhere it only serves as history.
+        sigma: Noise level at the evaluation.
+        anchored: Whether `feature` is a residual against the input of block 0, or the boundary output itself.
+        feature: Components [rows, tokens, width].
+    """
+
+    step: int
+    group: int | None
+    sigma: float
+    anchored: bool
+    feature: Feature
+
+
+class FeatureCache:
+    """Stored features of all streams of one model in one sampling run.
+
+    Attributes:
+        keep: Entries kept per stream and boundary.
+        limit: No more bytes than this are ever stored.
+        device: Where entries are kept; None for where they are computed.
+        stored_bytes: Bytes stored now.
+        peak_bytes: Most bytes stored so far.
+    """
+
+    def __init__(self, forecast: Forecast, keep: int) -> None:
+        self.forecast = forecast
+        self.keep = keep
+        self.limit: float = float("inf")
+        self.device: torch.device | None = None
+        self.stored_bytes = 0
+        self.peak_bytes = 0
+        self._entries: dict[tuple[StreamKey, int], list[Entry]] = {}
+        self._seen: dict[StreamKey, int] = {}
+
+    def store(
+        self, key: StreamKey, boundary: int, entry: Entry, output: Feature, base: Feature | None
+    ) -> str | None:
+        """Store the output of the boundary block for one stream, or its residual against `base`.
+
+        Args:
+            key: The stream.
+            boundary: Block index of the output.
+            entry: Step, group and sigma; its feature is filled in here.
+            output: Raw output of the boundary block, rows of this stream only. Never kept by reference.
+            base: Input of block 0 in the same layout; None to store the output itself.
+
+        Returns:
+            Why nothing was stored, or None. Running out of memory here is such a reason; it is not raised.
+        """
+        self._seen[key] = entry.step
+        history = [old for old in self._entries.get((key, boundary), []) if old.step != entry.step][: self.keep - 1]
+        self._replace(key, boundary, history)
+        if self.stored_bytes + nbytes(output) > self.limit:
+            return f"the cache is at its limit of {self.limit / 2**20:.0f} MiB"
+        entry.anchored = base is not None and all(_fits(part, of) for part, of in zip(output, base, strict=True))
+        try:
+            entry.feature = tuple(
+                self._kept(part, of) for part, of in zip(output, base if entry.anchored and base else (None,) * len(output))
+            )
+        except torch.OutOfMemoryError:
+            return "no memory left to store the feature"
+        self._replace(key, boundary, [entry, *history])
+        return None
+
+    def predict(
+        self, keys: Sequence[StreamKey], boundary: int, group: int | None, sigma: float, current: Feature | None
+    ) -> Feature | str:
+        """Forecast the boundary feature of a whole batch.
+
+        Args:
+            keys: One stream per equal chunk of rows, in batch order.
+            boundary: Block index to forecast.
+            group: The group of this step; a stream that stored nothing in it has no forecast.
+            sigma: Noise level now.
+            current: Input of block 0 now, all rows, in the layout of the boundary; None where that is not known.
+
+        Returns:
+            New tensors [rows, tokens, width], or why there is no forecast.
+        """
+        chunks = []
+        for key in keys:
+            history = self._entries.get((key, boundary), [])
+            if not history or history[0].group != group or (history[0].anchored and current is None):
+                return "nothing stored for this conditioning in this group (it is new, or its shape, control or patches changed)"
+            alike = [entry for entry in history if entry.anchored == history[0].anchored]
+            weights = self.forecast.weights([entry.sigma for entry in alike], sigma)
+            chunks.append(list(zip(weights, alike, strict=False)))
+        try:
+            return tuple(
+                self._combined(index, chunks, current) for index in range(len(chunks[0][0][1].feature))
+            )
+        except torch.OutOfMemoryError:
+            return "no memory left to compute the forecast"
+
+    def _combined(
+        self, index: int, chunks: Sequence[Sequence[tuple[float, Entry]]], current: Feature | None
+    ) -> Tensor | None:
+        first = chunks[0][0][1].feature[index]
+        if first is None:
+            return None
+        base = current[index] if current is not None else None
+        rows = first.shape[0]
+        result = torch.empty(
+            (rows * len(chunks), *first.shape[1:]), dtype=first.dtype, device=first.device if base is None else base.device
+        )
+        for number, chunk in enumerate(chunks):
+            target = result.narrow(0, number * rows, rows)
+            if chunk[0][1].anchored and base is not None:
+                target.copy_(base.narrow(0, number * rows, rows))
+            else:
+                target.zero_()
+            for weight, entry in chunk:
+                part = entry.feature[index]
+                if part is not None:
+                    target.add_(part.to(target.device), alpha=weight)
+        return result
+
+    def drop_unseen(self, since_step: int) -> None:
+        """Drop every stream that stored nothing since a step."""
+        for key in [key for key, step in self._seen.items() if step < since_step]:
+            del self._seen[key]
+            for slot in [slot for slot in self._entries if slot[0] == key]:
+                self._replace(*slot, [])
+
+    def move(self, device: torch.device, keep: int) -> None:
+        """Keep entries on `device` from now on, `keep` per stream; those stored already follow."""
+        self.device, self.keep = device, keep
+        for slot, history in list(self._entries.items()):
+            self._replace(*slot, history[:keep])
+            for entry in history[:keep]:
+                entry.feature = tuple(None if part is None else part.to(device) for part in entry.feature)
+
+    def clear(self) -> None:
+        """Drop every tensor."""
+        self._entries.clear()
+        self._seen.clear()
+        self.stored_bytes = 0
+
+    def _kept(self, part: Tensor | None, base: Tensor | None) -> Tensor | None:
+        if part is None:
+            return None
+        device = self.device or part.device
+        # Blocks and the host write into their tensors later on: what is stored must be a new tensor.
+        return part.to(device, copy=True) if base is None else (part - base).to(device)
+
+    def _replace(self, key: StreamKey, boundary: int, history: list[Entry]) -> None:
+        before = self._entries.pop((key, boundary), [])
+        if history:
+            self._entries[key, boundary] = history
+        self.stored_bytes += sum(nbytes(entry.feature) for entry in history) - sum(nbytes(entry.feature) for entry in before)
+        self.peak_bytes = max(self.peak_bytes, self.stored_bytes)
+
+
+def _fits(part: Tensor | None, base: Tensor | None) -> bool:
+    return part is None or (base is not None and part.shape == base.shape)

@@ -1,0 +1,95 @@
+"""BlockDanceAccelerate: MODEL -> MODEL."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from blockdance_core.config import CACHE_DEVICES, FORECASTS, PRESETS, RECOMMENDED, WINDOWS, Config
+from blockdance_core.families import UnsupportedModelError
+from blockdance_core.host import notify
+from blockdance_core.host.attach import attach, handle_of
+from comfy_api.latest import io
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+log = logging.getLogger(__name__)
+
+
+class BlockDanceAccelerate(io.ComfyNode):
+    """Patches a clone of the model; place it after the loader or the last LoRA."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Ids and order of the inputs are API: saved widget values are positional, new widgets go last."""
+        return io.Schema(
+            node_id="BlockDanceAccelerate",
+            display_name="BlockDance Accelerate",
+            category="model/BlockDance",
+            description="Samples a diffusion transformer faster: blocks whose output hardly changes are reused.",
+            search_aliases=["cache", "teacache", "easycache", "speed up", "accelerate"],
+            inputs=[
+                io.Model.Input("model", tooltip="A diffusion transformer, straight from the loader or the last LoRA."),
+                io.Boolean.Input("enabled", default=True, tooltip="Off computes every block of every step."),
+                io.Combo.Input("preset", options=list(PRESETS), default="auto", tooltip=(
+                    "auto: recommended values of the model's family. paper: the published method. custom: the widgets below.")),
+                io.Int.Input("group_size", display_name="N", default=2, min=1, max=64, tooltip=(
+                    "Speed: of every N steps inside the window one is computed and the others reuse it. 1 is off.")),
+                io.Float.Input("start_percent", default=0.40, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
+                    "Start of the window. Before it, structure forms: every step is computed.")),
+                io.Float.Input("end_percent", default=0.95, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
+                    "End of the window. After it every step is computed.")),
+                io.Combo.Input("window", options=list(WINDOWS), default="noise_level", advanced=True, tooltip=(
+                    "What start and end measure: noise level as elsewhere in ComfyUI, or the share of executed steps.")),
+                io.Int.Input("boundary", default=RECOMMENDED, min=RECOMMENDED, max=9999, advanced=True, tooltip=(
+                    "Last block that is skipped, counted from 0. -1 is the recommended one.")),
+                io.Combo.Input("forecast", options=list(FORECASTS), default="taylor", advanced=True, tooltip=(
+                    "What stands in for the skipped blocks. hold: their last output (the published method). delta: the "
+                    "current input plus their last change. taylor: that change, extrapolated.")),
+                io.Combo.Input("cache_device", options=list(CACHE_DEVICES), default="auto", advanced=True, tooltip=(
+                    "Where features are kept. auto: on the GPU if they fit, else in CPU memory.")),
+                io.Custom("BLOCKDANCE_POLICY").Input("policy", optional=True, tooltip="A learned or calibrated policy."),
+            ],
+            outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        enabled: bool,
+        preset: str,
+        group_size: int,
+        start_percent: float = 0.40,
+        end_percent: float = 0.95,
+        window: str = "noise_level",
+        boundary: int = RECOMMENDED,
+        forecast: str = "taylor",
+        cache_device: str = "auto",
+        policy: object = None,
+    ) -> io.NodeOutput:
+        """Returns the accelerated clone, or the model itself where it cannot be accelerated, and says so."""
+        if policy is not None:
+            raise ValueError("This version of BlockDance cannot use a policy yet: disconnect the input `policy`.")
+        config = Config(
+            enabled=enabled, preset=preset, group_size=group_size, start_percent=start_percent, end_percent=end_percent,
+            window=window, boundary=boundary, forecast=forecast, cache_device=cache_device,
+        )
+        node_id = getattr(cls.hidden, "unique_id", None)
+        try:
+            accelerated = attach(model, config, node_id)
+        except UnsupportedModelError as error:
+            message = f"{error} The model passes through unchanged."
+            log.warning("BlockDance: %s", message)
+            notify.send("status", {"node_id": node_id, "supported": False, "message": message, "effective": None})
+            return io.NodeOutput(model)
+        handle = handle_of(accelerated)
+        if handle is not None:
+            message = "off: every block is computed" if not config.active else f"skips {handle.effective.boundary_label}"
+            notify.send("status", {
+                "node_id": node_id, "supported": True, "message": message,
+                "effective": handle.effective.as_dict() | {"model_family": handle.family},
+            })
+        return io.NodeOutput(accelerated)

@@ -1,0 +1,48 @@
+"""BlockDanceReport: what happened in the runs of a MODEL."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from blockdance_core.host import notify
+from blockdance_core.host.attach import handle_of
+from blockdance_core.plots import timeline
+from blockdance_core.report import report
+from comfy_api.latest import io, ui
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+
+class BlockDanceReport(io.ComfyNode):
+    """Reads the log of finished runs; the latent only makes it wait for the sampler."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Ids and order are API."""
+        return io.Schema(
+            node_id="BlockDanceReport",
+            display_name="BlockDance Report",
+            category="model/BlockDance",
+            description="Shows which steps were computed and reused, and what they took. Place it after the sampler.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the sampler used."),
+                io.Latent.Input("latent", tooltip="The sampler's output; it is passed on unchanged."),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent"),
+                io.Image.Output(display_name="timeline"),
+                io.String.Output(display_name="report", tooltip="JSON; its keys are described in the help page."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, latent: dict[str, Any]) -> io.NodeOutput:
+        """Returns the latent, the step timeline [1, H, W, 3] and the report as JSON."""
+        handle = handle_of(model)
+        runs = handle.runs(notify.executing()[0]) if handle is not None else []
+        result = report(runs, "not sampled yet" if handle is not None else "this model is not accelerated by BlockDance")
+        text = json.dumps(result, allow_nan=False)
+        return io.NodeOutput(latent, torch.from_numpy(timeline(result))[None], text, ui=ui.PreviewText(text))
