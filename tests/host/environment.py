@@ -55,8 +55,8 @@ class SetupError(Exception):
 
 
 def say(text: str) -> None:
-    """Print one line of progress."""
-    print(f"dev.py: {text}", flush=True)
+    """Show one line of progress; standard output is for results."""
+    print(f"dev.py: {text}", file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,7 +57,7 @@ def running(
     """
     address = f"http://127.0.0.1:{take_port(port)}"
     log = log or base / "server.log"
-    base.mkdir(parents=True, exist_ok=True)
+    (base / "custom_nodes").mkdir(parents=True, exist_ok=True)  # the host lists it
     paths = base / "paths.yaml"
     paths.write_text(extra_paths(models), encoding="utf-8")
     command = [str(python), str(REPO / "tests" / "host" / "launcher.py")]
