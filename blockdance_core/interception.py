@@ -43,11 +43,12 @@ class Block:
 
     def received(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Feature | None:
         """The feature in the arguments of a call, or None if they are not of the declared form."""
-        feature = tuple(
-            kwargs[port.name] if port.name in kwargs else args[port.position] if port.position < len(args) else self
-            for port in self.ports
-        )
-        return feature if _is_feature(feature) else None
+        values: list[Any] = []
+        for port in self.ports:
+            if port.name not in kwargs and port.position >= len(args):
+                return None
+            values.append(kwargs[port.name] if port.name in kwargs else args[port.position])
+        return tuple(values) if _is_feature(values) else None
 
     def returned(self, value: object) -> Feature | None:
         """The feature in a return value, or None if it is not of the declared form."""
@@ -162,14 +163,14 @@ def _forward_replaced(module: nn.Module, call: _Call, index: int) -> Iterator[No
     def forward(*args: Any, **kwargs: Any) -> object:
         return call.forward(index, original, args, kwargs)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         if before is missing:
             del module.__dict__["forward"]
         else:
-            module.forward = before  # type: ignore[method-assign]
+            module.forward = before
 
 
 def cloned(feature: Feature) -> Feature:

@@ -52,6 +52,7 @@ def _heading(run: dict[str, Any]) -> str:
     if not run["steps"]:
         return "; ".join(run["warnings"]) or "no run"
     config = run["config"]
-    detail = f"N = {config['group_size']}, {config['boundary_label']}, {config['forecast']}" if config.get("group_size", 1) > 1 \
-        else "every step computed"
+    detail = "every step computed"
+    if config.get("group_size", 1) > 1:
+        detail = f"N = {config['group_size']}, {config['boundary_label']}, {config['forecast']}"
     return f"{run['model_family'] or 'not accelerated'}: {run['steps']} steps, {run['reused_steps']} reused ({detail})"

@@ -319,7 +319,7 @@ class _Visit:
             else:
                 self.stored = True
                 if self.state.cache.forecast.anchored and not entry.anchored:
-                    self.session.warn("the input of block 0 does not fit the output of the boundary block: forecast 'hold' is used")
+                    self.session.warn("block 0's input does not fit the boundary block's output: forecast 'hold' is used")
 
     def _base(self, feature: Feature, boundary: int) -> Feature | None:
         layout = self.state.blocks[boundary].to_boundary_layout

@@ -34,6 +34,9 @@ class Entry:
     feature: Feature
 
 
+NOTHING_STORED = "nothing stored for this conditioning in this group (it is new, or its shape, control or patches changed)"
+
+
 class FeatureCache:
     """Stored features of all streams of one model in one sampling run.
 
@@ -76,10 +79,9 @@ class FeatureCache:
         if self.stored_bytes + nbytes(output) > self.limit:
             return f"the cache is at its limit of {self.limit / 2**20:.0f} MiB"
         entry.anchored = base is not None and all(_fits(part, of) for part, of in zip(output, base, strict=True))
+        bases = base if entry.anchored and base is not None else (None,) * len(output)
         try:
-            entry.feature = tuple(
-                self._kept(part, of) for part, of in zip(output, base if entry.anchored and base else (None,) * len(output))
-            )
+            entry.feature = tuple(self._kept(part, of) for part, of in zip(output, bases, strict=True))
         except torch.OutOfMemoryError:
             return "no memory left to store the feature"
         self._replace(key, boundary, [entry, *history])
@@ -104,7 +106,7 @@ class FeatureCache:
         for key in keys:
             history = self._entries.get((key, boundary), [])
             if not history or history[0].group != group or (history[0].anchored and current is None):
-                return "nothing stored for this conditioning in this group (it is new, or its shape, control or patches changed)"
+                return NOTHING_STORED
             alike = [entry for entry in history if entry.anchored == history[0].anchored]
             weights = self.forecast.weights([entry.sigma for entry in alike], sigma)
             chunks.append(list(zip(weights, alike, strict=False)))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from comfy_api.latest import io
+
 from blockdance_core.config import CACHE_DEVICES, FORECASTS, PRESETS, RECOMMENDED, WINDOWS, Config
 from blockdance_core.families import UnsupportedModelError
 from blockdance_core.host import notify
 from blockdance_core.host.attach import attach, handle_of
-from comfy_api.latest import io
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

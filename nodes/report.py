@@ -6,11 +6,12 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
+from comfy_api.latest import io, ui
+
 from blockdance_core.host import notify
 from blockdance_core.host.attach import handle_of
 from blockdance_core.plots import timeline
 from blockdance_core.report import report
-from comfy_api.latest import io, ui
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

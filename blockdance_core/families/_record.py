@@ -45,7 +45,7 @@ class Family:
     name: str
     classes: tuple[str, ...]
     sections: tuple[Section, ...]
-    defaults: Defaults = Defaults()
+    defaults: Defaults = dataclasses.field(default_factory=Defaults)
     refused: tuple[tuple[str, str], ...] = ()
     verify: bool = False
 

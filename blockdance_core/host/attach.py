@@ -101,7 +101,7 @@ def handle_of(model: ModelPatcher) -> Handle | None:
     return handle if isinstance(handle, Handle) else None
 
 
-def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
     guider = executor.class_obj
     sigmas = [float(sigma) for sigma in (args[3] if len(args) > 3 else kwargs["sigmas"])]
     # Nodes such as ModelSampling* replace model_sampling on a later clone; BaseModel's own may still be a former run's.
@@ -139,7 +139,7 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
 
 def _prepare_sampling(
     handle: Handle, executor: WrapperExecutor, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **kwargs: Any
-) -> Any:  # noqa: ANN401
+) -> Any:
     # The host keeps free what its estimate for this shape says. Features come on top: ask for that many more samples.
     wanted = _announced_bytes(handle, model, noise_shape)
     if wanted:
@@ -159,7 +159,7 @@ def _announced_bytes(handle: Handle, model: ModelPatcher, noise_shape: Sequence[
 
 def _predict_noise(
     executor: WrapperExecutor, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any], *args: Any, **kwargs: Any
-) -> Any:  # noqa: ANN401
+) -> Any:
     session = _session_in(model_options.get("transformer_options", {}))
     if session is None:
         return executor(x, timestep, model_options, *args, **kwargs)
@@ -171,7 +171,7 @@ def _predict_noise(
         session.evaluating = False
 
 
-def _apply_model(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+def _apply_model(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
     options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[5] if len(args) > 5 else {}
     session = _session_in(options)
     if session is None:

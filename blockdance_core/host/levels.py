@@ -8,7 +8,7 @@ from typing import Any
 _HALVINGS = 20
 
 
-def noise_levels(model_sampling: Any, sigmas: Sequence[float]) -> list[float]:  # noqa: ANN401  the host's object
+def noise_levels(model_sampling: Any, sigmas: Sequence[float]) -> list[float]:
     """The share of the noise schedule that is passed at each sigma: the inverse of the host's `percent_to_sigma`.
 
     Args:
@@ -21,7 +21,7 @@ def noise_levels(model_sampling: Any, sigmas: Sequence[float]) -> list[float]:  
     return [_level(model_sampling, sigma) for sigma in sigmas]
 
 
-def _level(model_sampling: Any, sigma: float) -> float:  # noqa: ANN401
+def _level(model_sampling: Any, sigma: float) -> float:
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2

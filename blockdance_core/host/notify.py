@@ -30,6 +30,6 @@ def executing() -> tuple[str | None, str | None]:
     return (context.prompt_id, context.node_id) if context is not None else (None, None)
 
 
-def _server() -> Any:  # noqa: ANN401  the host's PromptServer
+def _server() -> Any:
     module = sys.modules.get("server")
     return getattr(getattr(module, "PromptServer", None), "instance", None)
