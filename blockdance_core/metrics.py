@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
-_WINDOW, _SIGMA = 11, 1.5
-_K1, _K2 = 0.01, 0.03
+_WINDOW = 11
 
 
 def psnr(image: Tensor, reference: Tensor, data_range: float = 1.0) -> Tensor:
-    """Peak signal-to-noise ratio.
+    """Peak signal-to-noise ratio of each picture.
 
     Args:
         image: Pictures [B, H, W, C], float.
@@ -27,7 +25,7 @@ def psnr(image: Tensor, reference: Tensor, data_range: float = 1.0) -> Tensor:
 
 
 def ssim(image: Tensor, reference: Tensor, data_range: float = 1.0) -> Tensor:
-    """Structural similarity with an 11 x 11 Gaussian window of sigma 1.5, no padding, mean over pixels and channels.
+    """Structural similarity of each picture: Gaussian window 11 x 11, sigma 1.5, no padding, mean over pixels and channels.
 
     Args:
         image: Pictures [B, H, W, C], float, at least 11 x 11.
@@ -37,30 +35,19 @@ def ssim(image: Tensor, reference: Tensor, data_range: float = 1.0) -> Tensor:
     Returns:
         Similarity, float64 [B], at most 1.
 
-    Source: Z. Wang et al., "Image Quality Assessment", IEEE TIP 2004.
+    Source: Z. Wang et al., "Image Quality Assessment", IEEE TIP 2004, as implemented by kornia.
     """
+    from kornia.metrics import ssim as similarity_map  # loads in seconds: only where it is used
+
     _check(image, reference)
     if min(image.shape[1:3]) < _WINDOW:
         raise ValueError(f"SSIM needs pictures of at least {_WINDOW} x {_WINDOW}, got {tuple(image.shape[1:3])}")
-    x, y = (part.double().permute(0, 3, 1, 2) for part in (image, reference))
-    mean_x, mean_y = _blur(x), _blur(y)
-    variance_x, variance_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
-    covariance = _blur(x * y) - mean_x * mean_y
-    c1, c2 = (_K1 * data_range) ** 2, (_K2 * data_range) ** 2
-    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
-        (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
-    )
+    x, y = (pictures.double().permute(0, 3, 1, 2) for pictures in (image, reference))
+    similarity: Tensor = similarity_map(x, y, _WINDOW, max_val=data_range, padding="valid")
     return similarity.flatten(1).mean(1)
-
-
-def _blur(planes: Tensor) -> Tensor:
-    offsets = torch.arange(_WINDOW, dtype=planes.dtype, device=planes.device) - _WINDOW // 2
-    weights = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
-    weights = (weights / weights.sum()).expand(planes.shape[1], 1, -1)
-    rows = functional.conv2d(planes, weights[..., None], groups=planes.shape[1])
-    return functional.conv2d(rows, weights[:, :, None], groups=planes.shape[1])
 
 
 def _check(image: Tensor, reference: Tensor) -> None:
     if image.shape != reference.shape or image.ndim != 4:
-        raise ValueError(f"expected two tensors [B, H, W, C] of one shape, got {tuple(image.shape)} and {tuple(reference.shape)}")
+        shapes = f"{tuple(image.shape)} and {tuple(reference.shape)}"
+        raise ValueError(f"expected two tensors [B, H, W, C] of one shape, got {shapes}")
