@@ -59,8 +59,7 @@ def seed() -> int:
 def pack() -> ModuleType:
     """The pack loaded from its folder, as the host loads a custom node (ComfyUI v0.30.0 nodes.py, load_custom_node).
 
-    Its modules are `blockdance_pack.nodes...` and `blockdance_pack.blockdance_core...`. The latter are other objects
-    than `blockdance_core...`: take classes from one of the two in a test.
+    Its modules are `blockdance_pack.nodes...`; `blockdance_core` is the one that tests import, too.
     """
     name = "blockdance_pack"
     if name not in sys.modules:

@@ -7,7 +7,7 @@ from typing import Any
 import comfy.clip_vision
 import pytest
 import torch
-from tiny import CASES, Case, count_calls, fake_control, record_outputs, sample, sample_custom
+from tiny import CASES, Case, count_calls, fake_control, record_outputs, sample, sample_custom, split_calls
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -88,6 +88,16 @@ def test_different_lengths_split_the_batch(case: Case) -> None:
         assert counts == [2] * case.depth
         sample(model, case, steps=2, batch=3, different_lengths=True)
         assert counts == [4 if case.text is None else 6] * case.depth
+
+
+@every_case
+def test_split_calls_run_each_conditioning_alone(case: Case) -> None:
+    model = case.build()
+    whole = sample(model, case, steps=2)
+    with count_calls(case.blocks(model.model.diffusion_model)) as counts, split_calls():
+        split = sample(model, case, steps=2)
+    assert counts == [4] * case.depth
+    torch.testing.assert_close(split, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
 
 
 @every_case

@@ -14,6 +14,8 @@ import importlib.util
 import os
 import runpy
 import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,15 +23,23 @@ from typing import Any
 _kept: list[Any] = []  # a torch.library.Library takes its definitions back when it is collected
 
 
+class _Preparer(MetaPathFinder):
+    """Looks at each of the two packages when it is first imported; before, torch stays unimported, as main.py wants."""
+
+    def __init__(self) -> None:
+        self.pending = {"torchvision": _prepare_torchvision, "torchaudio": _prepare_torchaudio}
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
+        """Prepare for the import of `name`, which the other finders then find."""
+        if prepare_package := self.pending.pop(name, None):
+            prepare_package()
+
+
 def prepare() -> None:
     """Make torchvision and torchaudio importable beside a torch they were not built for. May be called twice."""
-    if _kept:
-        return
-    _kept.append(None)
-    if "torchvision" not in sys.modules and not _extension_loads("torchvision", "_C"):
-        _define_torchvision_operators()
-    if "torchaudio" not in sys.modules and not _extension_loads("torchaudio", "lib/_torchaudio"):
-        _stub_torchaudio_extension()
+    known = any(isinstance(finder, _Preparer) for finder in sys.meta_path)
+    if sys.platform == "linux" and not known:  # on Windows and macOS PyPI has CPU builds
+        sys.meta_path.insert(0, _Preparer())
 
 
 def host_path() -> Path:
@@ -59,7 +69,8 @@ def main(arguments: list[str]) -> None:
     """
     host = host_path()
     prepare()
-    sys.path[0] = str(host)  # in place of this script's folder
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(host), *(entry for entry in sys.path if entry and Path(entry).resolve() != here)]
     sys.argv = [str(host / "main.py"), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
@@ -81,8 +92,10 @@ def _extension_loads(package: str, stem: str) -> bool:
     return True
 
 
-def _define_torchvision_operators() -> None:
+def _prepare_torchvision() -> None:
     """Declare the operators for which torchvision registers fake kernels while it is imported."""
+    if _extension_loads("torchvision", "_C"):
+        return
     import torch
 
     library = torch.library.Library("torchvision", "DEF")
@@ -91,8 +104,10 @@ def _define_torchvision_operators() -> None:
     _kept.append(library)
 
 
-def _stub_torchaudio_extension() -> None:
+def _prepare_torchaudio() -> None:
     """Give torchaudio the module it has when built without an extension (torchaudio/_extension/__init__.py)."""
+    if _extension_loads("torchaudio", "lib/_torchaudio"):
+        return
     stub = ModuleType("torchaudio._extension")
     stub.__dict__.update(
         _IS_TORCHAUDIO_EXT_AVAILABLE=False, _IS_ALIGN_AVAILABLE=False, fail_if_no_align=lambda function: function

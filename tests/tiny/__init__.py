@@ -3,7 +3,7 @@
 from .case import Case, Conditioning
 from .control import FakeControl, fake_control, with_control
 from .images import CASES as _IMAGES
-from .sampling import count_calls, record_outputs, sample, sample_custom
+from .sampling import count_calls, record_outputs, sample, sample_custom, split_calls
 from .undeclared import CASES as _UNDECLARED
 from .videos import CASES as _VIDEOS
 
@@ -19,5 +19,6 @@ __all__ = [
     "record_outputs",
     "sample",
     "sample_custom",
+    "split_calls",
     "with_control",
 ]

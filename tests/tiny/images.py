@@ -14,7 +14,7 @@ TEXT = (8, 32)
 
 
 def _sd3(**extra: Any) -> comfy.model_base.BaseModel:
-    config = {
+    config: dict[str, Any] = {
         "in_channels": 16,
         "out_channels": 16,
         "patch_size": 2,

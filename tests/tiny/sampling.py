@@ -155,6 +155,21 @@ def sample_custom(
 
 
 @contextmanager
+def split_calls() -> Iterator[None]:
+    """Make the host run every conditioning in a call of its own, as it does when memory is short.
+
+    It asks for the free memory at every evaluation (ComfyUI v0.30.0 samplers.py:273), so this may also be entered in
+    the middle of a run, from a callback.
+    """
+    original = ModelPatcher.get_free_memory
+    ModelPatcher.get_free_memory = lambda *_: 0
+    try:
+        yield
+    finally:
+        ModelPatcher.get_free_memory = original
+
+
+@contextmanager
 def count_calls(blocks: Sequence[nn.Module]) -> Iterator[list[int]]:
     """Count how often each block really computed.
 

@@ -73,8 +73,8 @@ class PlainDiT(nn.Module):
 
 
 class _Config(comfy.supported_models_base.BASE):
-    unet_config: ClassVar = {"disable_unet_model_creation": True}
-    unet_extra_config: ClassVar = {}
+    unet_config: ClassVar[dict[str, Any]] = {"disable_unet_model_creation": True}
+    unet_extra_config: ClassVar[dict[str, Any]] = {}
     latent_format = comfy.latent_formats.SD15
 
 
