@@ -130,9 +130,7 @@ def initialise(module: nn.Module, seed: int) -> None:
             value.copy_(0.3 * noise)
 
 
-def from_config(
-    config: type[comfy.supported_models_base.BASE], unet_config: dict[str, Any]
-) -> comfy.model_base.BaseModel:
+def from_config(config: type[comfy.supported_models_base.BASE], unet_config: dict[str, Any]) -> comfy.model_base.BaseModel:
     """Build a model as the host's loader does once it has detected `unet_config`."""
     chosen = config({**config.unet_config, **unet_config})
     chosen.set_inference_dtype(torch.float32, None)

@@ -50,9 +50,7 @@ class FakeControl(ControlBase):
         self.lengths = [len(getattr(model.diffusion_model, name)) for name in self.case.lists]
 
 
-def fake_control(
-    case: Case, strength: float = 1.0, seed: int = 0, percent: tuple[float, float] = (0.0, 1.0)
-) -> FakeControl:
+def fake_control(case: Case, strength: float = 1.0, seed: int = 0, percent: tuple[float, float] = (0.0, 1.0)) -> FakeControl:
     """A control object for `sample(..., control=...)` or `with_control`.
 
     Args:

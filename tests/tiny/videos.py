@@ -81,9 +81,7 @@ def _wan_case(
     )
 
 
-def _hunyuan_case(
-    name: str, make: Callable[[], comfy.model_base.BaseModel], extras: Extras, channels: int = 16
-) -> Case:
+def _hunyuan_case(name: str, make: Callable[[], comfy.model_base.BaseModel], extras: Extras, channels: int = 16) -> Case:
     return Case(
         name=name,
         family="hunyuan_video",
