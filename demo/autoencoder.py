@@ -1,0 +1,58 @@
+"""The demo's tiny convolutional autoencoder: 64x64x3 pictures to 16x16x8 latents. Only torch is imported."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+DOWNSCALE = 4
+LATENT_CHANNELS = 8
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions around a skip; the second starts at zero, so no normalisation is needed."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(nn.functional.silu(self.conv1(nn.functional.silu(x))))
+
+
+class Autoencoder(nn.Module):
+    """Space-to-depth encoder and decoder of residual blocks.
+
+    Pictures are ``[B, 3, H, W]`` in -1..1 with H and W multiples of 4, latents ``[B, 8, H/4, W/4]``. Raw latents have
+    their own mean and scale per channel; a host ``LatentFormat`` normalises them for the diffusion model.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        wide, narrow = 64, 32
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(DOWNSCALE),
+            nn.Conv2d(3 * DOWNSCALE**2, wide, 3, padding=1),
+            Residual(wide),
+            nn.Conv2d(wide, LATENT_CHANNELS, 3, padding=1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(LATENT_CHANNELS, wide, 3, padding=1),
+            Residual(wide),
+            Residual(wide),
+            nn.Conv2d(wide, 4 * narrow, 3, padding=1),
+            nn.PixelShuffle(2),
+            Residual(narrow),
+            Residual(narrow),
+            nn.Conv2d(narrow, 12, 3, padding=1),
+            nn.PixelShuffle(2),
+        )
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encoder(x)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return self.decoder(z)

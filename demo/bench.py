@@ -1,0 +1,218 @@
+"""Measure speed on a demo model: accelerated and full runs paired in one process. ``python dev.py bench`` calls this.
+
+Every round runs the full model and each setting once, neighbours in time, on another prompt batch and seed. A cut is
+1 - accelerated DiT time / full DiT time of the same round; the table shows medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One way to run the model."""
+
+    name: str
+    preset: str
+    group_size: int
+
+
+FULL = Setting("full", "custom", 1)
+SETTINGS = (
+    Setting("paper N=2", "paper", 2), Setting("paper N=3", "paper", 3), Setting("paper N=4", "paper", 4),
+    Setting("auto N=2", "auto", 2), Setting("auto N=3", "auto", 3),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 0 on success."""
+    parser = argparse.ArgumentParser(prog="python dev.py bench", description=__doc__)
+    parser.add_argument("--model", default="sd3-mini", help="demo model")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--sampler", default="euler")
+    parser.add_argument("--scheduler", default="simple")
+    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--batch", type=int, default=4, help="pictures per run")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure there")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    logging.getLogger("blockdance_core").setLevel(logging.WARNING)
+    result = measure(options)
+    print(table(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return 0
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All runs and their summary, as JSON data."""
+    from demo.loader import load_demo
+
+    from blockdance_core import metrics
+    from blockdance_core.config import Config
+    from blockdance_core.host.attach import attach, handle_of
+
+    demo = load_demo(options.model)
+    runner = _Runner(demo, options)
+    models = {
+        setting: attach(demo.model, Config(preset=setting.preset, group_size=setting.group_size))
+        for setting in (FULL, *SETTINGS)
+    }
+    runner.latents(demo.model, 0)
+    shares = runner.block_shares()
+    rounds: list[dict[str, Any]] = []
+    for number in range(options.rounds):
+        row: dict[str, Any] = {}
+        bare, full = runner.call_ms(demo.model, number), None
+        for setting, model in models.items():
+            latent = runner.latents(model, number)
+            pictures = demo.vae.decode(latent)
+            handle = handle_of(model)
+            assert handle is not None
+            run = handle.runs()[-1]
+            full = pictures if full is None else full
+            row[setting.name] = {
+                "dit_ms": sum(run["dit_ms"]), "reused_steps": run["reused_steps"], "cut_arithmetic": run["cut_arithmetic"],
+                "cut_by_block_time": _cut_by_block_time(run, shares),
+                "cached_bytes": run["cached_bytes"], "predicted_bytes": run["predicted_bytes"],
+                "ssim": metrics.ssim(pictures, full).tolist(), "psnr": metrics.psnr(pictures, full).tolist(),
+            }
+        row["inactive"] = {"call_ms": runner.call_ms(models[FULL], number), "bare_call_ms": bare}
+        rounds.append(row)
+    return _summary(options, rounds, shares)
+
+
+class _Runner:
+    """Runs prompts of the validation split through the host's sampler."""
+
+    def __init__(self, demo: Any, options: argparse.Namespace) -> None:
+        self.demo, self.options = demo, options
+
+    def latents(self, model: Any, number: int) -> torch.Tensor:
+        import comfy.sample
+        from demo.loader import captions, empty_latent
+
+        latent = empty_latent(self.demo, self.options.batch)
+        noise = comfy.sample.prepare_noise(latent, 1000 + number)
+        positive = self.demo.encode(captions(self.options.model, "validation", self.options.batch, seed=number))
+        options = self.options
+        return comfy.sample.sample(
+            model, noise, options.steps, options.cfg, options.sampler, options.scheduler, positive, self.demo.encode([""]),
+            latent, disable_pbar=True, seed=number,
+        )
+
+    def call_ms(self, model: Any, number: int) -> float:
+        """Median milliseconds between two evaluations of one run, whatever is wrapped around them."""
+        ticks: list[float] = []
+        with _watched(self.demo.model.model.diffusion_model, ticks):
+            self.latents(model, number)
+        return 1e3 * statistics.median(after - before for before, after in itertools.pairwise(ticks))
+
+    def block_shares(self) -> list[float]:
+        """Share of the DiT's time that each block takes, from one full run."""
+        from blockdance_core import families
+
+        diffusion_model = self.demo.model.model.diffusion_model
+        blocks = [block.module for block in families.find(diffusion_model).blocks]
+        spent = dict.fromkeys([diffusion_model, *blocks], 0.0)
+        with contextlib.ExitStack() as stack:
+            for module in spent:
+                stack.enter_context(_timed(module, spent))
+            self.latents(self.demo.model, 0)
+        return [spent[block] / spent[diffusion_model] for block in blocks]
+
+
+@contextlib.contextmanager
+def _watched(module: nn.Module, ticks: list[float]) -> Iterator[None]:
+    hook = module.register_forward_pre_hook(lambda *_: ticks.append(time.perf_counter()))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def _timed(module: nn.Module, spent: dict[nn.Module, float]) -> Iterator[None]:
+    def begin(*_: object) -> None:
+        spent[module] -= time.perf_counter()
+
+    def end(*_: object) -> None:
+        spent[module] += time.perf_counter()
+
+    hooks = [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _cut_by_block_time(run: dict[str, Any], shares: Sequence[float]) -> float:
+    skipped = [sum(shares[: boundary + 1]) for decision, boundary in zip(run["decisions"], run["boundary"], strict=True)
+               if decision == "reuse" and boundary is not None]
+    return sum(skipped) / max(run["steps"], 1)
+
+
+def _summary(options: argparse.Namespace, rounds: list[dict[str, Any]], shares: list[float]) -> dict[str, Any]:
+    runs = []
+    for setting in SETTINGS:
+        of = [row[setting.name] for row in rounds]
+        cuts = [1 - row[setting.name]["dit_ms"] / row["full"]["dit_ms"] for row in rounds]
+        similarity = [value for figures in of for value in figures["ssim"]]
+        decibel = [value for figures in of for value in figures["psnr"]]
+        runs.append({
+            "setting": setting.name, "preset": setting.preset, "group_size": setting.group_size, "steps": options.steps,
+            "reused_steps": of[0]["reused_steps"], "dit_ms": statistics.median(figures["dit_ms"] for figures in of),
+            "cut": statistics.median(cuts), "cut_arithmetic": of[0]["cut_arithmetic"],
+            "cut_by_block_time": of[0]["cut_by_block_time"],
+            "of_arithmetic": statistics.median(cuts) / of[0]["cut_arithmetic"] if of[0]["cut_arithmetic"] else None,
+            "cached_bytes": of[0]["cached_bytes"], "predicted_bytes": of[0]["predicted_bytes"],
+            "ssim": statistics.fmean(similarity), "psnr": statistics.fmean(decibel), "pictures": len(similarity),
+        })
+    overheads = [row["inactive"]["call_ms"] / row["inactive"]["bare_call_ms"] - 1 for row in rounds]
+    return {
+        "command": "python dev.py bench", "model": options.model, "sampler": options.sampler, "scheduler": options.scheduler,
+        "cfg": options.cfg, "batch": options.batch, "rounds": len(rounds), "threads": options.threads,
+        "device": platform.processor() or platform.machine(), "torch": torch.__version__,
+        "baseline": {"steps": options.steps, "dit_ms": statistics.median(row["full"]["dit_ms"] for row in rounds)},
+        "runs": runs, "inactive_overhead": statistics.median(overheads), "block_shares": shares, "every_round": rounds,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The summary as text."""
+    lines = [
+        f"{result['model']}, {result['baseline']['steps']} steps of {result['sampler']}, batch {result['batch']}, medians of "
+        f"{result['rounds']} paired rounds; full run {result['baseline']['dit_ms']:.0f} ms of DiT time",
+        f"{'setting':<12}{'reused':>8}{'DiT ms':>9}{'cut':>8}{'arithmetic':>12}{'by block time':>15}{'SSIM':>8}{'PSNR':>7}"
+        f"{'stored':>12}{'predicted':>12}",
+    ]
+    for run in result["runs"]:
+        lines.append(
+            f"{run['setting']:<12}{run['reused_steps']:>5}/{run['steps']:<2}{run['dit_ms']:>9.0f}{run['cut']:>8.1%}"
+            f"{run['cut_arithmetic']:>12.1%}{run['cut_by_block_time']:>15.1%}{run['ssim']:>8.4f}{run['psnr']:>7.1f}"
+            f"{run['cached_bytes']:>12}{run['predicted_bytes']:>12}"
+        )
+    lines.append(f"inactive (N = 1): {result['inactive_overhead']:+.2%} per evaluation")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
