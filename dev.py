@@ -73,7 +73,7 @@ def test(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> int
 
 def bench(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> int:
     """Measure accelerated against full runs, paired, in one process."""
-    return run_program(module(env, "blockdance_core.benchmark", *rest), env)
+    return run_program(module(env, "demo.bench", *rest), env)
 
 
 def host_path(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -156,6 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(getattr(signal, name), leave)
     try:
         check_python()
+        if getattr(args, "port", None) is not None:
+            server.take_port(args.port)  # before the minutes an environment takes
         env = environment.choose(args.host)
         environment.prepare(env)
         return int(args.function(env, args, rest))

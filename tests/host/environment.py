@@ -34,7 +34,6 @@ HOSTS = {
 }
 TORCH = "torch==2.13.0"
 TORCH_COMPANIONS = ("torchvision==0.28.0", "torchaudio==2.11.0")  # the host imports them; PyPI's ask for a CUDA torch
-TOOLS = ("pytest==9.2.0", "ruff==0.17.5", "mypy==2.4.1")
 DISK_BYTES = 4 * 2**30  # a CPU environment takes 2.5 GB, pip's temporary files the rest
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 UNREACHABLE = r"NewConnection|establish a new conn|name resolution|getaddrinfo|timed out|ProxyError|SSLError"
@@ -163,8 +162,13 @@ def read_stamp(path: Path) -> dict[str, Any]:
 
 def contents(env: Environment) -> str:
     """A digest of everything that decides what is installed."""
-    files = [(path / "requirements.txt").read_bytes() for path in (env.host, REPO)]
-    return hashlib.sha256(repr((TORCH, TORCH_COMPANIONS, TOOLS, files)).encode()).hexdigest()
+    files = [path.read_bytes() for path in (env.host / "requirements.txt", *own_requirements())]
+    return hashlib.sha256(repr((TORCH, TORCH_COMPANIONS, files)).encode()).hexdigest()
+
+
+def own_requirements() -> list[Path]:
+    """What the pack and its tests ask for."""
+    return [REPO / "requirements.txt", *sorted((REPO / "tests").rglob("requirements.txt"))]
 
 
 def make_venv(env: Environment) -> None:
@@ -250,8 +254,8 @@ def install(env: Environment) -> None:
     asked = (env.host / "requirements.txt").read_text(encoding="utf-8").splitlines()
     others = env.folder / "requirements.txt"
     others.write_text("\n".join(x for x in asked if not re.match(r"torch(vision|audio)?\b", x)), encoding="utf-8")
-    files = ["-r", str(others), "-r", str(REPO / "requirements.txt")]
-    pip(env, "what ComfyUI, BlockDance and the tests need", "install", *files, *TOOLS)
+    files = [word for path in (others, *own_requirements()) for word in ("-r", str(path))]
+    pip(env, "what ComfyUI, BlockDance and the tests need", "install", *files)
 
 
 def pip(env: Environment, what: str, *arguments: str) -> None:
