@@ -17,7 +17,7 @@ __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 
 async def comfy_entrypoint() -> ComfyExtension:
     """Called by the host once at start; everything is imported here, so that a failure concerns this pack alone."""
-    _name_core()
+    _name("blockdance_core")
     from comfy_api.latest import ComfyExtension
 
     from .nodes import pack_nodes
@@ -26,7 +26,8 @@ async def comfy_entrypoint() -> ComfyExtension:
         async def get_node_list(self) -> list:
             nodes = pack_nodes()
             if os.environ.get("BLOCKDANCE_DEMO") == "1":
-                from .demo.nodes import demo_nodes
+                _name("demo")
+                from demo.nodes import demo_nodes
 
                 nodes += demo_nodes()
             return nodes
@@ -34,12 +35,11 @@ async def comfy_entrypoint() -> ComfyExtension:
     return BlockDanceExtension()
 
 
-def _name_core() -> None:
-    """Make this folder's core importable as `blockdance_core`, without exposing its neighbours (our `nodes` above all)."""
-    if "blockdance_core" in sys.modules:
+def _name(package: str) -> None:
+    """Make a package of this folder importable by its own name, without exposing its neighbours (our `nodes` above all)."""
+    if package in sys.modules:
         return
-    init = Path(__file__).parent / "blockdance_core" / "__init__.py"
-    spec = importlib.util.spec_from_file_location("blockdance_core", init)
+    spec = importlib.util.spec_from_file_location(package, Path(__file__).parent / package / "__init__.py")
     assert spec is not None and spec.loader is not None
-    sys.modules["blockdance_core"] = module = importlib.util.module_from_spec(spec)
+    sys.modules[package] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
