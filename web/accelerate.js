@@ -12,7 +12,7 @@ const REMEMBERED = 50; // nodes
 /**
  * @typedef {object} State
  * @property {{supported: boolean, message: string, effective: Record<string, any> | null}} [status]
- * @property {{step: number, steps: number, decisions: import("./run.js").Decision[]}} [progress]
+ * @property {{step: number, steps: number, decisions: import("./run.js").Run["decisions"]}} [progress]
  * @property {{summary: string, run: import("./run.js").Run}} [finished]
  */
 
@@ -34,8 +34,13 @@ export class AccelerateView {
     this.node = node;
     /** @type {State} */
     this.state = {};
-    /** @type {Map<any, string>} label of each inactive widget before we changed it */
-    this.labels = new Map();
+    /** @type {Map<any, string>} the widgets that a preset sets, with their own labels */
+    this.presetWidgets = new Map();
+
+    for (const widget of node.widgets) {
+      chain(widget, "callback", () => this.#settingsChanged());
+      if (PRESET_WIDGETS.includes(widget.name)) this.presetWidgets.set(widget, widget.label ?? widget.name);
+    }
 
     this.headline = element("div", "blockdance-headline");
     this.timeline = new Timeline();
@@ -44,9 +49,6 @@ export class AccelerateView {
     addPanel(node, element("div", "blockdance-body", this.headline, this.timeline.element, this.facts, this.notes));
     views.set(node, this);
 
-    for (const widget of node.widgets) {
-      if (widget.name !== "blockdance_panel") chain(widget, "callback", () => this.#settingsChanged());
-    }
     chain(node, "onConfigure", () => this.render());
     chain(node, "onConnectionsChange", () => this.render());
     this.render();
@@ -72,20 +74,15 @@ export class AccelerateView {
     const { status, progress, finished } = this.state;
     this.#markInactive();
     this.headline.textContent = this.#headline();
-    this.headline.classList.toggle("blockdance-warning", status?.supported === false);
+    this.headline.classList.toggle("blockdance-warning", this.headline.textContent === status?.message);
 
     const run = progress ? { decisions: progress.decisions } : finished?.run;
+    const lines = progress ? [`Sampling: step ${progress.step + 1} of ${progress.steps}`] : run ? facts(run) : [];
+    const notes = !progress && run ? noteTexts(run) : [];
+    this.facts.replaceChildren(...lines.map((text) => element("li", "", text)));
+    this.notes.replaceChildren(...notes.map((text) => element("li", "", text)));
     this.timeline.element.hidden = !run?.decisions?.length;
-    const settled = progress ? undefined : finished;
-    this.facts.replaceChildren(...(settled ? facts(settled.run) : []).map((text) => element("li", "", text)));
-    this.notes.replaceChildren(...(settled ? noteTexts(settled.run) : []).map((text) => element("li", "", text)));
-    if (progress) {
-      const { step, steps } = progress;
-      this.timeline.draw(run ?? {}, { done: step + 1, steps, summary: `Sampling, step ${step + 1} of ${steps}` });
-      this.facts.replaceChildren(element("li", "", `Sampling: step ${step + 1} of ${steps}`));
-    } else if (finished) {
-      this.timeline.draw(finished.run, { summary: finished.summary });
-    }
+    this.timeline.draw(run ?? {}, progress ? lines[0] : finished?.summary);
     this.node.setDirtyCanvas(true, true);
   }
 
@@ -94,14 +91,19 @@ export class AccelerateView {
     if (this.#value("enabled") === false) return "Off: every step is computed.";
     if (this.#value("group_size") === 1) return "Off (N = 1): every step is computed.";
     if (status && !status.supported) return status.message;
-    if (status?.effective) return [settingsText(status.effective), status.message].filter(Boolean).join(". ");
+    if (status?.effective) return settingsText(status.effective);
     return "Values in force are shown after the first run.";
+  }
+
+  /** @param {string} name @returns {any} the input slot of a widget */
+  #slot(name) {
+    return this.node.inputs?.find((/** @type {any} */ input) => input.widget?.name === name);
   }
 
   /** @param {string} name @returns {any} a widget's value; undefined where a link sets it */
   #value(name) {
-    const linked = this.node.inputs?.some((/** @type {any} */ i) => i.widget?.name === name && i.link != null);
-    return linked ? undefined : this.node.widgets.find((/** @type {any} */ w) => w.name === name)?.value;
+    if (this.#slot(name)?.link != null) return undefined;
+    return this.node.widgets.find((/** @type {any} */ widget) => widget.name === name)?.value;
   }
 
   #settingsChanged() {
@@ -112,12 +114,8 @@ export class AccelerateView {
   #markInactive() {
     const preset = this.#value("preset");
     const inactive = preset === "auto" || preset === "paper";
-    for (const widget of this.node.widgets) {
-      if (!PRESET_WIDGETS.includes(widget.name)) continue;
-      if (!inactive && !this.labels.has(widget)) continue;
-      const label = this.labels.get(widget) ?? widget.label ?? widget.name;
-      if (inactive) this.labels.set(widget, label);
-      else this.labels.delete(widget);
+    for (const [widget, ownLabel] of this.presetWidgets) {
+      const label = this.#slot(widget.name)?.label ?? ownLabel; // the slot has a label where the user renamed it
       widget.disabled = inactive;
       widget.label = inactive ? `${label} (${this.#inForce(widget.name) ?? preset})` : label;
     }
@@ -134,6 +132,7 @@ export class AccelerateView {
 
 /** @param {import("./run.js").Run} run @returns {string[]} */
 function facts(run) {
+  if (!run.decisions?.length) return [];
   const time = timeText(run);
   return [
     [run.window?.text, reusedText(run)].filter(Boolean).join("; "),

@@ -67,14 +67,14 @@ export class ReportView {
     this.choice.hidden = this.runs.length < 2;
     for (const part of [this.timeline.element, this.numbers, this.notes, this.details]) part.hidden = !run;
     if (!run) return;
-    this.timeline.draw(run, { summary: [reusedText(run), timeText(run)].filter(Boolean).join(". ") });
+    this.timeline.draw(run, [reusedText(run), timeText(run)].filter(Boolean).join(", "));
     this.numbers.replaceChildren(...numbers(run).map(([name, value]) => row("td", [name, value])));
     this.notes.replaceChildren(...noteTexts(run).map((text) => element("li", "", text)));
     this.table.replaceChildren(
-      row("th", ["step", "sigma", "decision", "boundary", "blocks run", "DiT ms"]),
+      row("th", ["step", "sigma", "decision", "boundary", "blocks run", "DiT time"]),
       ...(run.decisions ?? []).map((decision, step) => row("td", [
-        String(step + 1), sigma(run.sigmas?.[step]), decision, String(run.boundary?.[step] ?? "-"),
-        String(run.blocks_run?.[step] ?? "-"), run.dit_ms?.[step]?.toFixed(1) ?? "-",
+        String(step + 1), sigma(run.sigmas?.[step]), decision ?? "-", String(run.boundary?.[step] ?? "-"),
+        String(run.blocks_run?.[step] ?? "-"), milliseconds(run.dit_ms?.[step] || null),
       ])),
     );
   }

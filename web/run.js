@@ -10,7 +10,7 @@
  * @property {number[]} [sigmas] one more than steps where the last noise level is known
  * @property {number} [evaluations]
  * @property {{first?: number, last?: number, covered?: number, steps?: number, text?: string}} [window]
- * @property {Decision[]} [decisions]
+ * @property {(Decision | null)[]} [decisions] null while a step is still to come
  * @property {(number | null)[]} [boundary]
  * @property {number} [blocks_total]
  * @property {(number | null)[]} [blocks_run]
@@ -49,7 +49,7 @@ export function median(values) {
  */
 export function medianTime(run, ...kinds) {
   const decisions = run.decisions ?? [];
-  return median(run.dit_ms?.filter((ms, step) => Boolean(ms) && kinds.includes(decisions[step])));
+  return median(run.dit_ms?.filter((ms, step) => Boolean(ms) && kinds.some((kind) => kind === decisions[step])));
 }
 
 /** @param {unknown} ms @returns {string} for example `18.4 ms`, or a dash */
@@ -133,7 +133,7 @@ export const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
  */
 export function stepText(run, step) {
   const blocks = run.blocks_run?.[step];
-  const parts = [`step ${step + 1}`, run.decisions?.[step] ?? "pending"];
+  const parts = [`step ${step + 1}`, run.decisions?.[step] ?? "to come"];
   if (isNumber(run.sigmas?.[step])) parts.push(`sigma ${sigma(run.sigmas?.[step])}`);
   if (isNumber(blocks)) parts.push(`${blocks}${run.blocks_total ? ` of ${run.blocks_total}` : ""} blocks run`);
   if (run.dit_ms?.[step]) parts.push(milliseconds(run.dit_ms?.[step]));
@@ -141,14 +141,14 @@ export function stepText(run, step) {
 }
 
 /**
- * @param {Decision[]} decisions
+ * @param {(Decision | null)[]} decisions
  * @returns {string} runs of equal decisions in words, for example `steps 1-12 compute, 13 cache, 14 reuse`
  */
 export function decisionsText(decisions) {
   const spans = [];
   for (let first = 0, step = 1; step <= decisions.length; step++) {
     if (decisions[step] === decisions[first]) continue;
-    spans.push(`${first + 1 === step ? step : `${first + 1}-${step}`} ${decisions[first]}`);
+    spans.push(`${first + 1 === step ? step : `${first + 1}-${step}`} ${decisions[first] ?? "to come"}`);
     first = step;
   }
   return spans.length ? `Steps ${spans.join(", ")}` : "No steps";

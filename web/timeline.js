@@ -58,26 +58,24 @@ export class Timeline {
   }
 
   /**
-   * @param {import("./run.js").Run} run
-   * @param {{done?: number, steps?: number, summary?: string}} [options] done: finished steps, the rest is drawn as
-   *   planned; steps: length of the run where not every decision is known yet; summary: put before the spoken text
+   * @param {import("./run.js").Run} run while sampling: only its decisions, null where a step is still to come
+   * @param {string} [summary] put before the spoken text
    */
-  draw(run, { done = Infinity, steps = 0, summary = "" } = {}) {
+  draw(run, summary = "") {
     this.run = run;
     const decisions = run.decisions ?? [];
-    const count = Math.max(decisions.length, steps, 1);
     const tall = heights(run);
-    this.bars.setAttribute("viewBox", `0 0 ${count} 100`);
+    this.bars.setAttribute("viewBox", `0 0 ${Math.max(decisions.length, 1)} 100`);
     this.bars.setAttribute("aria-label", [summary, decisionsText(decisions)].filter(Boolean).join(". "));
     this.bars.replaceChildren(
       ...decisions.map((decision, step) => shape("rect", {
-        class: `blockdance-${decision}${step < done ? "" : " blockdance-planned"}`,
+        class: `blockdance-${decision ?? "pending"}`,
         x: step + 0.08, width: 0.84, y: 94 - 94 * tall[step], height: 94 * tall[step],
       })),
-      shape("rect", { class: "blockdance-axis", x: 0, width: count, y: 97, height: 3 }),
+      shape("rect", { class: "blockdance-axis", x: 0, width: Math.max(decisions.length, 1), y: 97, height: 3 }),
       ...this.#window(),
     );
-    this.#point(Math.min(this.step, decisions.length - 1));
+    this.#point(this.step);
   }
 
   #window() {

@@ -1,0 +1,211 @@
+"""What the Accelerate node shows."""
+
+from __future__ import annotations
+
+import pytest
+from page import DECISIONS, EFFECTIVE, RUN, STEPS, SUMMARY, NodePage, accelerate, node
+from playwright.sync_api import expect
+
+SET_BY_PRESET = ("start_percent", "end_percent", "window", "boundary", "forecast")
+VALUES = [True, "auto", 3, 0.3, 0.9, "steps", 11, "delta", "cpu"]
+
+
+def disabled(page: NodePage) -> tuple[str, ...]:
+    return tuple(name for name, widget in page.widgets(1).items() if widget["disabled"])
+
+
+def test_page_loaded_registers_extension(page: NodePage) -> None:
+    page.load(accelerate())
+    assert page.js("() => window.app.extensions.filter(e => e.name === 'BlockDance').length") == 1
+
+
+def test_node_before_a_run_shows_one_line(page: NodePage) -> None:
+    page.load(accelerate())
+    expect(page.panel(1)).to_have_text("Values in force are shown after the first run.")
+    expect(page.panel(1).locator("svg")).to_be_hidden()
+    box = page.panel(1).bounding_box()
+    assert box is not None and box["height"] < 80
+
+
+@pytest.mark.parametrize("preset", ["auto", "paper"])
+def test_preset_disables_what_it_sets_and_keeps_values(page: NodePage, preset: str) -> None:
+    page.load(accelerate(preset=preset))
+    assert disabled(page) == SET_BY_PRESET
+    assert [widget["value"] for widget in page.widgets(1).values()] == [True, preset, *VALUES[2:]]
+    assert page.widgets(1)["boundary"]["label"] == f"boundary ({preset})"
+
+
+def test_preset_chosen_by_hand_enables_and_disables(page: NodePage) -> None:
+    page.load(accelerate())
+    page.choose(1, "preset", "custom")
+    assert page.widgets(1)["preset"]["value"] == "custom"
+    assert disabled(page) == ()
+    assert page.widgets(1)["start_percent"]["label"] == "start"
+    page.choose(1, "preset", "paper")
+    assert disabled(page) == SET_BY_PRESET
+    assert [widget["value"] for widget in page.widgets(1).values()] == [True, "paper", *VALUES[2:]]
+
+
+def test_status_effective_values_appear_in_panel_and_labels(page: NodePage) -> None:
+    page.load(accelerate())
+    page.send("status", node_id="1", supported=True, message="skips 21 of 28 blocks", effective=EFFECTIVE)
+    expect(page.panel(1)).to_have_text(
+        "Skips 21 of 28 blocks on reuse steps, window 40 % to 95 % of the noise level, N = 2, taylor"
+    )
+    labels = {name: widget["label"] for name, widget in page.widgets(1).items()}
+    assert labels["boundary"] == "boundary (21 of 28 blocks)"
+    assert labels["start_percent"] == "start (0.40)"
+    assert labels["window"] == "window (noise_level)"
+    if page.vue:
+        expect(page.page.locator('[data-node-id="1"]')).to_contain_text("boundary (21 of 28 blocks)")
+
+
+def test_status_after_change_of_a_setting_is_no_longer_shown(page: NodePage) -> None:
+    page.load(accelerate())
+    page.send("status", node_id="1", supported=True, message="", effective=EFFECTIVE)
+    page.choose(1, "preset", "custom")
+    expect(page.panel(1)).to_have_text("Values in force are shown after the first run.")
+
+
+def test_status_unsupported_model_gives_the_reason(page: NodePage) -> None:
+    page.load(accelerate())
+    reason = "No block list found in UNetModel (children: input_blocks). The model passes through unchanged."
+    page.send("status", node_id="1", supported=False, message=reason, effective=None)
+    expect(page.panel(1)).to_have_text(reason)
+
+
+@pytest.mark.parametrize(("values", "text"), [
+    ([False, "auto", 2], "Off: every step is computed."), ([True, "auto", 1], "Off (N = 1): every step is computed."),
+])
+def test_node_switched_off_says_so(page: NodePage, values: list[object], text: str) -> None:
+    page.load(node(1, "BlockDanceAccelerate", [*values, *VALUES[3:]]))
+    expect(page.panel(1)).to_have_text(text)
+
+
+def test_progress_fills_the_timeline(page: NodePage) -> None:
+    page.load(accelerate())
+    for done in (1, 14):
+        decisions = DECISIONS[:done] + [None] * (STEPS - done)
+        page.send("progress", node_id="1", step=done - 1, steps=STEPS, decision=DECISIONS[done - 1], decisions=decisions)
+        expect(page.panel(1)).to_contain_text(f"Sampling: step {done} of {STEPS}")
+        expect(page.panel(1).locator("svg .blockdance-pending")).to_have_count(STEPS - done)
+    expect(page.panel(1).locator("svg .blockdance-reuse")).to_have_count(1)
+    expect(page.panel(1).locator("svg")).to_be_visible()
+
+
+def test_run_shows_bars_numbers_and_reasons(page: NodePage) -> None:
+    page.load(accelerate())
+    page.send("progress", node_id="1", step=0, steps=STEPS, decision="compute", decisions=DECISIONS)
+    page.send("run", node_id="1", summary=SUMMARY, run=RUN)
+    panel = page.panel(1)
+    for text in (
+        "Window covers 17 of 30 steps; 8 of 30 steps reused",
+        "Median DiT time of a step: compute 60.0 ms, reuse 20.0 ms",
+        "Estimated cut of DiT time: 20 %",
+        "40 % noise level is reached after 3 steps",
+        "Computed instead of reused, 2 calls: a patch replaces block 0",
+        "Computed instead of reused, 1 call: new stream",
+    ):
+        expect(panel).to_contain_text(text)
+    expect(panel.locator("svg .blockdance-reuse")).to_have_count(8)
+    expect(panel.locator("svg")).to_have_attribute("aria-label", f"{SUMMARY}. Steps " + ", ".join(
+        ["1-12 compute", *(f"{step + 1} {DECISIONS[step]}" for step in range(12, 28)), "29-30 compute"]
+    ))
+    heights = [float(bar.get_attribute("height") or 0) for bar in panel.locator("svg rect").all()[:STEPS]]
+    assert heights[0] == 94  # a slow first step is cut off, and does not flatten the others
+    assert heights[13] / heights[12] == pytest.approx(20 / 60)
+
+
+def test_pointer_on_a_bar_describes_the_step(page: NodePage) -> None:
+    page.load(accelerate())
+    page.send("run", node_id="1", summary=SUMMARY, run=RUN)
+    panel = page.panel(1)
+    panel.locator("svg .blockdance-reuse").first.hover()
+    expect(panel).to_contain_text("step 14, reuse, sigma 4.69, 7 of 28 blocks run, 20.0 ms")
+    panel.locator("svg").press("ArrowLeft")
+    expect(panel).to_contain_text("step 13, cache")
+    page.page.mouse.move(5, 5)
+    expect(panel.locator(".blockdance-caption")).to_have_text("computecachereusewindow")
+
+
+def test_run_without_measurement_shows_no_time(page: NodePage) -> None:
+    page.load(accelerate())
+    page.send("run", node_id="1", summary=SUMMARY, run={**RUN, "dit_ms": [0] * STEPS})
+    expect(page.panel(1)).to_contain_text("8 of 30 steps reused")
+    expect(page.panel(1)).not_to_contain_text("Median")
+
+
+def test_node_grows_with_its_content(page: NodePage) -> None:
+    page.load(accelerate())
+    page.send("run", node_id="1", summary=SUMMARY, run=RUN)
+    expect(page.panel(1)).to_contain_text("new stream")
+    page.page.wait_for_timeout(500)
+    panel = page.panel(1).bounding_box()
+    bottom = page.js(
+        "() => { const { canvas } = window.app, node = canvas.graph.getNodeById(1); "
+        "return canvas.canvas.getBoundingClientRect().top + (node.pos[1] + node.size[1] + canvas.ds.offset[1]) * canvas.ds.scale; }"
+    )
+    assert panel is not None and panel["y"] + panel["height"] <= bottom + 1
+    clipped = page.js("panel => panel.scrollHeight - panel.clientHeight", page.panel(1).element_handle())
+    assert clipped <= 0
+
+
+def test_save_and_load_keep_widget_values(page: NodePage) -> None:
+    page.load(accelerate())
+    page.send("status", node_id="1", supported=True, message="", effective=EFFECTIVE)
+    page.send("run", node_id="1", summary=SUMMARY, run=RUN)
+    saved = page.saved()
+    assert saved["nodes"][0]["widgets_values"] == VALUES
+    assert "blockdance_panel" not in str(saved)
+    page.load_workflow(saved)
+    assert [widget["value"] for widget in page.widgets(1).values()] == VALUES
+    assert page.saved()["nodes"][0]["widgets_values"] == VALUES
+
+
+def test_prompt_holds_the_widgets_own_values(page: NodePage) -> None:
+    page.load(accelerate())
+    page.send("status", node_id="1", supported=True, message="", effective=EFFECTIVE)
+    prompt = page.js("() => window.app.graphToPrompt().then(({ output }) => output)")
+    assert list(prompt["1"]["inputs"].values()) == VALUES
+
+
+def test_workflow_built_again_shows_its_last_run(page: NodePage) -> None:
+    page.load(accelerate())
+    page.send("status", node_id="1", supported=True, message="", effective=EFFECTIVE)
+    page.send("run", node_id="1", summary=SUMMARY, run=RUN)
+    page.load_workflow(page.saved())  # what undo and a change of tab do
+    expect(page.panel(1)).to_contain_text("8 of 30 steps reused")
+    assert page.widgets(1)["boundary"]["label"] == "boundary (21 of 28 blocks)"
+    page.choose(1, "preset", "custom")
+    assert page.widgets(1)["boundary"]["label"] == "boundary"
+
+
+def test_node_in_nested_subgraphs_receives_its_events(page: NodePage) -> None:
+    page.load(accelerate())
+    path, = page.js(
+        "() => { const { graph } = window.app; "
+        "const inner = graph.convertToSubgraph(new Set([graph.getNodeById(1)])); "
+        "const outer = graph.convertToSubgraph(new Set([inner.node])); "
+        "const middle = outer.subgraph.nodes[0], leaf = middle.subgraph.nodes[0]; "
+        "window.app.canvas.setGraph(middle.subgraph); "
+        "return [[outer.node.id, middle.id, leaf.id]]; }"
+    )
+    page.send("run", node_id=":".join(str(number) for number in path), summary=SUMMARY, run=RUN)
+    expect(page.panel(path[-1])).to_contain_text("8 of 30 steps reused")
+
+
+@pytest.mark.parametrize("node_id", ["99", "1:3", "99:1", "2", "", None])
+def test_event_for_no_such_node_is_ignored(page: NodePage, node_id: str | None) -> None:
+    page.load(accelerate(), node(2, "KSampler", x=500))
+    page.send("run", node_id=node_id, summary=SUMMARY, run=RUN)
+    expect(page.panel(1)).not_to_contain_text("reused")
+
+
+def test_removed_node_leaves_nothing(page: NodePage) -> None:
+    page.load(accelerate())
+    page.send("run", node_id="1", summary=SUMMARY, run=RUN)
+    expect(page.panel(1)).to_contain_text("8 of 30 steps reused")
+    page.js("() => { const { graph } = window.app; graph.remove(graph.getNodeById(1)); }")
+    expect(page.page.locator(".blockdance")).to_have_count(0)
+    page.send("run", node_id="1", summary=SUMMARY, run=RUN)
+    assert page.js("() => Object.keys(window).filter(name => /blockdance/i.test(name))") == []
