@@ -82,9 +82,7 @@ def host_path(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -
     return 0
 
 
-def page(
-    env: Environment, base: Path, port: int | None, log: Path, rest: Sequence[str] = ()
-) -> AbstractContextManager[str]:
+def page(env: Environment, base: Path, port: int | None, log: Path, rest: Sequence[str] = ()) -> AbstractContextManager[str]:
     """Run the server; models of the user's own ComfyUI are readable in it, and nothing of theirs is written."""
     say(f"starting ComfyUI {env.release or env.host} (log: {log})")
     models = None if env.release else env.host / "models"
@@ -128,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="dev.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True, metavar="demo | serve | test | bench | host-path")
-    receivers = {demo: "demo/run.py", serve: "ComfyUI", test: "pytest", bench: "the benchmark", host_path: None}
+    receivers = {demo: "demo/run.py", serve: "ComfyUI", test: "pytest", bench: "demo/bench.py", host_path: None}
     for function, receiver in receivers.items():
         about = (function.__doc__ or "").splitlines()[0]
         more = f"Further arguments go to {receiver}." if receiver else None

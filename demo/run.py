@@ -36,7 +36,7 @@ GROUP_SIZES = (2, 3, 4)
 BATCH = 4
 ROUNDS = 4
 SECONDS = 40.0  # no round is begun that would end later than this
-TILE = 128  # pixels of a picture in the grid
+TILE, MARGIN = 128, 110  # pixels in the grid: a picture's side, and the place for a row's name
 SCHEDULE = ("start_percent", "end_percent", "window", "boundary")  # inputs that say which steps reuse what
 
 Prompt = dict[str, dict[str, Any]]
@@ -90,9 +90,7 @@ Round = dict[Setting, Run]
 class Client:
     """A connection to the server: one prompt at a time."""
 
-    def __init__(
-        self, address: str, session: aiohttp.ClientSession, socket: aiohttp.ClientWebSocketResponse[Any]
-    ) -> None:
+    def __init__(self, address: str, session: aiohttp.ClientSession, socket: aiohttp.ClientWebSocketResponse[Any]) -> None:
         self.address = address
         self.session = session
         self.socket = socket
@@ -104,9 +102,7 @@ class Client:
 
     async def run(self, prompt: Prompt, client_id: str, progress: Progress) -> dict[str, Any]:
         """Queue a prompt, wait for its end and return its outputs by node id."""
-        async with self.session.post(
-            f"{self.address}/prompt", json={"prompt": prompt, "client_id": client_id}
-        ) as answer:
+        async with self.session.post(f"{self.address}/prompt", json={"prompt": prompt, "client_id": client_id}) as answer:
             accepted = await answer.json()
             if answer.status != 200:
                 raise DemoError(f"ComfyUI refused the workflow: {_refusal(accepted)}")
@@ -326,18 +322,17 @@ def table(summary: Mapping[str, Any]) -> str:
 
 def grid(rounds: Sequence[Round], columns: int = 8) -> Image.Image:
     """A row of pictures for every setting, the full run on top, a column for each picture."""
-    margin, header = 110, 0
     rows = [(str(s), torch.cat([runs[s].images for runs in rounds])) for s in (FULL, *SETTINGS)]
     step = max(1, len(rows[0][1]) // columns)
     rows = [(name, images[::step][:columns]) for name, images in rows]
-    sheet = Image.new("RGB", (margin + TILE * len(rows[0][1]), header + TILE * len(rows)), "white")
+    sheet = Image.new("RGB", (MARGIN + TILE * len(rows[0][1]), TILE * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     for y, (name, images) in enumerate(rows):
-        pen.text((8, header + y * TILE + TILE // 2 - 6), name, fill="black")
+        pen.text((8, y * TILE + TILE // 2 - 6), name, fill="black")
         for x, image in enumerate(images):
             pixels = (image * 255).round().to(torch.uint8).numpy()
             tile = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.NEAREST)
-            sheet.paste(tile, (margin + x * TILE, header + y * TILE))
+            sheet.paste(tile, (MARGIN + x * TILE, y * TILE))
     return sheet
 
 

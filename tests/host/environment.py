@@ -118,9 +118,7 @@ def own_host() -> Path | None:
     if named:
         host = Path(named).expanduser().resolve()
         if not (host / "main.py").is_file() or not (host / "comfy").is_dir():
-            raise SetupError(
-                f"COMFYUI_PATH={named} is no ComfyUI (no main.py and comfy/ there): correct it, or unset it"
-            )
+            raise SetupError(f"COMFYUI_PATH={named} is no ComfyUI (no main.py and comfy/ there): correct it, or unset it")
         return host
     around = REPO.parent
     return around.parent if around.name == "custom_nodes" and (around.parent / "main.py").is_file() else None
@@ -234,9 +232,7 @@ def unpack(archive: Path, prefix: str, target: Path) -> None:
                 continue
             path = (root / member.name[len(prefix) :]).resolve()
             if root not in path.parents:
-                raise SetupError(
-                    f"{archive.name} holds {member.name}, which points outside its folder: remove {archive}"
-                )
+                raise SetupError(f"{archive.name} holds {member.name}, which points outside its folder: remove {archive}")
             path.parent.mkdir(parents=True, exist_ok=True)
             source = tar.extractfile(member)
             assert source is not None  # a plain file
@@ -270,9 +266,7 @@ def pip(env: Environment, what: str, *arguments: str) -> None:
         command = [str(env.python), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
         code = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, check=False).returncode
     if code:
-        raise SetupError(
-            f"could not get {what}: {pip_fault(log.read_text(encoding='utf-8', errors='replace'))} (log: {log})"
-        )
+        raise SetupError(f"could not get {what}: {pip_fault(log.read_text(encoding='utf-8', errors='replace'))} (log: {log})")
 
 
 def pip_fault(output: str) -> str:
@@ -316,7 +310,5 @@ def only_one(path: Path) -> Iterator[None]:
                     say("waiting for another dev.py that prepares this environment")
                 time.sleep(1)
         else:
-            raise SetupError(
-                f"another dev.py has been preparing {path.parent} for 20 minutes: end it and run this again"
-            )
+            raise SetupError(f"another dev.py has been preparing {path.parent} for 20 minutes: end it and run this again")
         yield

@@ -114,9 +114,7 @@ def has_gpu(python: str | Path) -> bool:
     done = subprocess.run([str(python), "-c", query], capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ServerError(
-            f"{python} cannot import torch ({reason}): repair that environment, or remove .dev and try again"
-        )
+        raise ServerError(f"{python} cannot import torch ({reason}): repair that environment, or remove .dev and try again")
     return done.stdout.strip() == "True"
 
 
