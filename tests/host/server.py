@@ -57,12 +57,14 @@ def running(
     """
     address = f"http://127.0.0.1:{take_port(port)}"
     log = log or base / "server.log"
-    (base / "custom_nodes").mkdir(parents=True, exist_ok=True)  # the host lists it
+    for name in ("custom_nodes", "user"):  # the host does not make these itself
+        (base / name).mkdir(parents=True, exist_ok=True)
     paths = base / "paths.yaml"
     paths.write_text(extra_paths(models), encoding="utf-8")
     command = [str(python), str(REPO / "tests" / "host" / "launcher.py")]
     command += ["--listen", "127.0.0.1", "--port", address.rpartition(":")[2], "--disable-auto-launch"]
     command += ["--base-directory", str(base), "--extra-model-paths-config", str(paths)]
+    command += ["--database-url", f"sqlite:///{base / 'user' / 'comfyui.db'}"]  # by default it lies in the host's folder
     command += ["--disable-api-nodes", "--disable-all-custom-nodes", "--whitelist-custom-nodes", REPO.name]
     command += [*([] if has_gpu(python) else ["--cpu"]), *arguments]
     own = {"COMFYUI_PATH": str(host), "BLOCKDANCE_DEMO": "1", "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
