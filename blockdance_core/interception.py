@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 Feature = tuple["Tensor | None", ...]
@@ -131,26 +133,52 @@ class _Call:
         self.injected: Feature | None = None
         self.injections = 0
 
-    def forward(self, index: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def before(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        """What block `index` returns instead of running, or `_RUN`."""
         block = self.blocks[index]
         if index == 0:
-            feature = block.received(args, kwargs)
-            self.injected = self.visitor.at_input(feature)
-        elif self.injected is not None:
-            feature = block.received(args, kwargs)
+            self.injected = self.visitor.at_input(block.received(args, kwargs))
         if self.injected is None:
-            value = original(*args, **kwargs)
-            if index in self.observed:
-                passage = Passage(block.received(args, kwargs), block.returned(value), (*args, *kwargs.values()))
-                self.visitor.at_output(index, passage)
-            return value
+            return _RUN
         if index == self.boundary:
             self.injections += 1
             return block.to_return(self.injected)
+        feature = block.received(args, kwargs)
         if feature is None:
             raise InterceptionError(f"block {index} was called with other arguments than its family declares")
         # The host adds control residuals to what a block returns, in place: never hand back the caller's own tensor.
         return block.to_return(cloned(feature) if index == 0 else feature)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def after(self, index: int, value: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Block `index` ran and returned `value`."""
+        if index in self.observed:
+            block = self.blocks[index]
+            passage = Passage(block.received(args, kwargs), block.returned(value), (*args, *kwargs.values()))
+            self.visitor.at_output(index, passage)
+
+
+_RUN = object()
+
+
+class _Hook:
+    """Stands in for the `forward` of one block during one call. Compiled models break their graph here and nowhere inside.
+
+    An object, not a closure: what torch.compile guards on is then the same for every call and every run.
+    """
+
+    def __init__(self, call: _Call, index: int, original: Callable[..., Any]) -> None:
+        self.call, self.index, self.original = call, index, original
+
+    @functools.partial(torch.compiler.disable, recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
+        instead = self.call.before(self.index, args, kwargs)
+        if instead is not _RUN:
+            return instead
+        value = self.original(*args, **kwargs)
+        self.call.after(self.index, value, args, kwargs)
+        return value
 
 
 @contextlib.contextmanager
@@ -158,12 +186,7 @@ def _forward_replaced(module: nn.Module, call: _Call, index: int) -> Iterator[No
     # Other packs leave an instance attribute `forward` on blocks; it is what runs inside ours, and it is put back.
     missing = object()
     before = module.__dict__.get("forward", missing)
-    original = module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> object:
-        return call.forward(index, original, args, kwargs)
-
-    module.forward = forward
+    module.forward = _Hook(call, index, module.forward)
     try:
         yield
     finally:
