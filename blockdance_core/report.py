@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +35,7 @@ def run_record(session: Session, *, completed: bool = True) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "completed": completed,
         "steps": steps,
-        "sigmas": session.sigmas,
+        "sigmas": [sigma if math.isfinite(sigma) else None for sigma in session.sigmas],
         "evaluations": session.evaluations,
         "window": _window(state.schedule.window if state else (), steps),
         "decisions": decisions,
@@ -45,7 +46,7 @@ def run_record(session: Session, *, completed: bool = True) -> dict[str, Any]:
         "blocks_total": depth,
         "blocks_run": blocks_run,
         "calls": [figures.calls for figures in session.figures],
-        "reused_steps": decisions.count(REUSE) + decisions.count("mixed"),
+        "reused_steps": decisions.count(REUSE),
         "reused_calls": sum(figures.reused for figures in session.figures),
         "fallbacks": dict(session.fallbacks),
         "dit_ms": [round(value, 3) for value in session.stopwatch.milliseconds(steps)],
