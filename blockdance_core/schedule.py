@@ -126,6 +126,6 @@ def _with_records(groups: Sequence[range], count: int, boundary: int, history: i
             steps[k] = Step(REUSE, boundary, number)
     for group in groups:
         computed = [k for k in range(group.start) if steps[k].decision != REUSE]
-        for k in computed[len(computed) - history:] if history else []:
+        for k in computed[-history:] if history else []:
             steps[k] = dataclasses.replace(steps[k], record=tuple(sorted({*steps[k].record, boundary})))
     return tuple(steps)

@@ -36,6 +36,8 @@ class Entry:
 
 NOTHING_STORED = "nothing stored for this conditioning in this group (it is new, or its shape, control or patches changed)"
 
+NO_MEMORY = "no memory left for the cache"
+
 
 class FeatureCache:
     """Stored features of all streams of one model in one sampling run.
@@ -83,7 +85,7 @@ class FeatureCache:
         try:
             entry.feature = tuple(self._kept(part, of) for part, of in zip(output, bases, strict=True))
         except torch.OutOfMemoryError:
-            return "no memory left to store the feature"
+            return NO_MEMORY
         self._replace(key, boundary, [entry, *history])
         return None
 
@@ -107,7 +109,8 @@ class FeatureCache:
             history = self._entries.get((key, boundary), [])
             if not history or history[0].group != group or (history[0].anchored and current is None):
                 return NOTHING_STORED
-            alike = [entry for entry in history if entry.anchored == history[0].anchored]
+            # An output that did not fit its input is held, never extrapolated.
+            alike = [entry for entry in history if entry.anchored] if history[0].anchored else history[:1]
             weights = self.forecast.weights([entry.sigma for entry in alike], sigma)
             chunks.append(list(zip(weights, alike, strict=False)))
         try:
@@ -115,7 +118,7 @@ class FeatureCache:
                 self._combined(index, chunks, current) for index in range(len(chunks[0][0][1].feature))
             )
         except torch.OutOfMemoryError:
-            return "no memory left to compute the forecast"
+            return NO_MEMORY
 
     def _combined(
         self, index: int, chunks: Sequence[Sequence[tuple[float, Entry]]], current: Feature | None
@@ -177,4 +180,4 @@ class FeatureCache:
 
 
 def _fits(part: Tensor | None, base: Tensor | None) -> bool:
-    return part is None or (base is not None and part.shape == base.shape)
+    return part is None or (base is not None and part.shape == base.shape and part.dtype == base.dtype)

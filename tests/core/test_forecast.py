@@ -1,0 +1,38 @@
+"""Weights of the forecasts, by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from blockdance_core.forecast import FORECASTS, Forecast
+
+
+def test_hold_and_delta_use_the_newest_alone() -> None:
+    for name, anchored in (("hold", False), ("delta", True)):
+        forecast = FORECASTS[name]
+        assert forecast.anchored is anchored
+        assert forecast.order == 0
+        assert forecast.weights([0.5, 0.7], 0.3) == (1.0,)
+
+
+@pytest.mark.parametrize(("stored_at", "sigma", "expected"), [
+    ([0.6, 0.8], 0.4, (2.0, -1.0)),  # one interval further
+    ([0.6, 0.8], 0.5, (1.5, -0.5)),
+    ([0.6, 0.8], 0.6, (1.0, 0.0)),
+    ([0.6, 0.8], 0.7, (0.5, 0.5)),  # halfway between
+    ([0.6, 0.8], 0.8, (0.0, 1.0)),
+    ([0.4, 0.2], 0.6, (2.0, -1.0)),  # rising sigmas
+    ([0.6, 0.8, 1.0], 0.4, (2.0, -1.0)),  # older ones do not matter
+    ([0.6], 0.4, (1.0,)),
+    ([0.6, 0.6], 0.4, (1.0,)),
+    ([0.6, 0.6 + 5e-7], 0.4, (1.0,)),
+])
+def test_taylor_extrapolates_along_sigma(stored_at: list[float], sigma: float, expected: tuple[float, ...]) -> None:
+    weights = FORECASTS["taylor"].weights(stored_at, sigma)
+    assert weights == pytest.approx(expected)
+    assert sum(weights) == pytest.approx(1)
+
+
+def test_damping_scales_the_extrapolated_part() -> None:
+    assert Forecast(True, 1, 0.5).weights([0.6, 0.8], 0.4) == pytest.approx((1.5, -0.5))
+    assert Forecast(True, 1, 0.0).weights([0.6, 0.8], 0.4) == pytest.approx((1.0, 0.0))
