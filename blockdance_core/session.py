@@ -18,8 +18,11 @@ from blockdance_core.families._structure import FlowCheck
 from blockdance_core.forecast import FORECASTS
 from blockdance_core.interception import Feature, Passage, cloned, intercept, nbytes, signature
 from blockdance_core.schedule import COMPUTE, REUSE, Schedule, Step, build
-from blockdance_core.streams import Entry, FeatureCache, StreamKey
+from blockdance_core.streams import NO_MEMORY, Entry, FeatureCache, StreamKey
 from blockdance_core.timing import Stopwatch
+
+_LIMIT = 4
+"""Stored bytes never exceed this many times the prediction, however many streams turn up later."""
 
 
 class CallInfo(NamedTuple):
@@ -85,19 +88,19 @@ class ModelState:
         """Choose where features are kept, now that their size is known; returns what the user should know of it."""
         self.placed = True
         choice, predicted, cache = self.effective.cache_device, self.predicted_bytes, self.cache
+        cache.limit = _LIMIT * predicted
         if choice == "cpu":
             cache.move(torch.device("cpu"), cache.keep)
             return None
         room = info.room()
-        cache.limit = max(room, 0.0)
         if choice == "gpu" or predicted <= room:
+            cache.limit = min(cache.limit, max(room, 0.0))
             return None
         size = f"{predicted / 2**20:.0f} MiB of features do not fit the {max(room, 0) / 2**20:.0f} MiB left on {info.device}"
         if cache.keep > 1 and predicted / cache.keep <= room:
             self.predicted_bytes = predicted // cache.keep
             cache.move(info.device, 1)
             return f"{size}: no history is kept, forecasts are of order 0"
-        cache.limit = math.inf
         cache.move(torch.device("cpu"), cache.keep)
         return f"{size}: kept in CPU memory"
 
@@ -240,15 +243,14 @@ class _Visit:
             note = state.place(info)
             if note:
                 session.warn(note)
+        self.record, self.boundary = plan.record, None
+        if plan.decision == REUSE and plan.boundary is not None:
+            self.record = (plan.boundary,)  # a compute forced inside a group stores
+            self.boundary = None if self.probing else plan.boundary
         obstacle = self._obstacle()
-        if obstacle and (plan.record or plan.decision == REUSE):
+        if obstacle and self.record:
             session.fallbacks[obstacle] += 1
-        self.record = () if obstacle else plan.record
-        self.boundary: int | None = None
-        if plan.decision == REUSE and plan.boundary is not None and not obstacle and not self.probing:
-            self.boundary = plan.boundary
-        if plan.decision == REUSE and plan.boundary is not None and not obstacle:
-            self.record = (plan.boundary,)
+            self.record, self.boundary = (), None
         probed = range(len(state.blocks)) if self.flow else state.schedule.boundaries
         self.observe = {*self.record, *(probed if self.probing else ())}
 
@@ -259,25 +261,24 @@ class _Visit:
         if feature is None or any(part is not None and part.shape[0] != self.info.rows for part in feature):
             self._break("its blocks do not take one row per sample")
             return None
-        if self.state.broken:
+        if self.state.broken or not self.record:
             return None
         parts = tuple(part for part in feature if part is not None)
         self.keys = tuple((stream, self.info.rows // len(self.streams), signature(parts)) for stream in self.streams)
-        if self.boundary is not None:
-            injected = self.state.cache.predict(
-                self.keys, self.boundary, self.plan.group, self.session.sigma, self._base(feature, self.boundary)
-            )
-            if not isinstance(injected, str):
-                self.reused = True
-                self.skipped = self.boundary + 1
-                return injected
-            self.session.fallbacks[injected] += 1
-        if self.record and self.state.cache.forecast.anchored:
-            try:
+        try:
+            if self.boundary is not None:
+                base = self._in_layout_of(self.boundary, feature)
+                injected = self.state.cache.predict(self.keys, self.boundary, self.plan.group, self.session.sigma, base)
+                if not isinstance(injected, str):
+                    self.reused = True
+                    self.skipped = self.boundary + 1
+                    return injected
+                self.session.fallbacks[injected] += 1
+            if self.state.cache.forecast.anchored:
                 self.input = cloned(feature)
-            except torch.OutOfMemoryError:
-                self.session.fallbacks["no memory left to store the feature"] += 1
-                self.record = ()
+        except torch.OutOfMemoryError:
+            self.session.fallbacks[NO_MEMORY] += 1
+            self.record = ()
         return None
 
     def at_output(self, index: int, passage: Passage) -> None:
@@ -306,7 +307,11 @@ class _Visit:
                 self.state.first_evaluation = None
 
     def _store(self, index: int, output: Feature) -> None:
-        base = None if self.input is None else self._base(self.input, index)
+        try:
+            base = None if self.input is None else self._in_layout_of(index, self.input)
+        except torch.OutOfMemoryError:
+            self.session.fallbacks[NO_MEMORY] += 1
+            return
         rows = self.info.rows // len(self.streams)
         for number, key in enumerate(self.keys):
             def chunk(feature: Feature, start: int = number * rows) -> Feature:
@@ -321,7 +326,7 @@ class _Visit:
                 if self.state.cache.forecast.anchored and not entry.anchored:
                     self.session.warn("block 0's input does not fit the boundary block's output: forecast 'hold' is used")
 
-    def _base(self, feature: Feature, boundary: int) -> Feature | None:
+    def _in_layout_of(self, boundary: int, feature: Feature) -> Feature | None:
         layout = self.state.blocks[boundary].to_boundary_layout
         return layout(feature) if layout is not None and self.state.cache.forecast.anchored else None
 
