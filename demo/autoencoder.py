@@ -20,6 +20,7 @@ class Residual(nn.Module):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, C, H, W]`` to the same shape."""
         return x + self.conv2(nn.functional.silu(self.conv1(nn.functional.silu(x))))
 
 
@@ -52,7 +53,9 @@ class Autoencoder(nn.Module):
         )
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Pictures ``[B, 3, H, W]`` in -1..1 to raw latents ``[B, 8, H/4, W/4]``."""
         return self.encoder(x)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Raw latents to pictures, which may leave -1..1 a little."""
         return self.decoder(z)

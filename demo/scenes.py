@@ -45,7 +45,7 @@ ATTRIBUTES: tuple[tuple[str, ...], ...] = (tuple(SIZES), tuple(COLOURS), TEXTURE
 BACKGROUND_ATTRIBUTES: tuple[tuple[str, ...], ...] = (tuple(BACKGROUNDS), FILLS)
 PAD = "<pad>"
 VOCABULARY: tuple[str, ...] = (PAD, *(w for group in ATTRIBUTES + BACKGROUND_ATTRIBUTES for w in group))
-FILLERS = frozenset("a an the at in on of with and background".split())
+FILLERS = frozenset(["a", "an", "the", "at", "in", "on", "of", "with", "and", "background"])
 TOKENS = MAX_OBJECTS * len(ATTRIBUTES) + len(BACKGROUND_ATTRIBUTES)
 SPLITS = ("train", "validation", "test")
 
@@ -165,16 +165,16 @@ def render(scenes: Scenes, generator: torch.Generator | None = None, jitter: flo
     radius = torch.tensor(list(SIZES.values()))[codes[:, 0]] * (1 + 0.05 * wobble[:, 2])
 
     alpha = torch.zeros(len(codes), SIZE, SIZE)
-    shade = torch.ones(len(codes), SIZE, SIZE)
+    shading = torch.ones(len(codes), SIZE, SIZE)
     for index, name in enumerate(SHAPES):
         rows = (present & (codes[:, 3] == index)).nonzero()[:, 0]
-        alpha[rows] = (0.5 - _distance(name, dx[rows], dy[rows], radius[rows, None, None])).clamp(0, 1)
-    for index, name in enumerate(TEXTURES[1:], start=1):
+        alpha[rows] = (0.5 - distance(name, dx[rows], dy[rows], radius[rows, None, None])).clamp(0, 1)
+    for index, name in enumerate(TEXTURES):
         rows = (present & (codes[:, 2] == index)).nonzero()[:, 0]
-        shade[rows] = 1 - (1 - _SHADE) * _ink(name, dx[rows], dy[rows])
+        shading[rows] = shade(name, dx[rows], dy[rows])
 
     colour = torch.tensor(list(COLOURS.values()))[codes[:, 1], :, None, None]
-    paint = (colour * shade[:, None]).unflatten(0, (batch, MAX_OBJECTS))
+    paint = (colour * shading[:, None]).unflatten(0, (batch, MAX_OBJECTS))
     alpha = alpha.unflatten(0, (batch, MAX_OBJECTS))[:, :, None]
     picture = _background(scenes.background)
     for k in range(MAX_OBJECTS):
@@ -237,7 +237,7 @@ def _background(codes: torch.Tensor) -> torch.Tensor:
     return torch.lerp(colour, goal, down.abs()).expand(-1, -1, -1, SIZE)
 
 
-def _distance(shape: str, dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+def distance(shape: str, dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """Signed distance in pixels (exact or a lower bound), negative inside; ``dx``, ``dy`` broadcast to ``[N, H, W]``."""
     ax, ay = dx.abs(), dy.abs()
     if shape == "circle":
@@ -271,13 +271,17 @@ def _star(dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -> torch.Ten
     return (x * nx + (y - radius) * ny) / scale
 
 
-def _ink(texture: str, dx: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-    """Coverage 0..1 of the darker colour, ``[N, H, W]``; the pattern is fixed to the object's centre."""
+def shade(texture: str, dx: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    """Brightness of a textured object, ``[N, H, W]`` or broadcastable; the pattern is fixed to the object's centre."""
+    if texture == "plain":
+        return torch.ones_like(dx[:, :1, :1])
     period = _TEXTURE_PERIOD[texture]
     turn = 2 * torch.pi / period
     if texture == "striped":
-        return (0.5 + (dy * turn).sin() / turn).clamp(0, 1).expand(-1, -1, SIZE)
-    if texture == "checkered":
-        return (0.5 + (dx * turn).sin() * (dy * turn).sin() * 1.5 / turn).clamp(0, 1)
-    cell_x, cell_y = (torch.remainder(d + period / 2, period) - period / 2 for d in (dx, dy))
-    return (0.5 + 2.2 - (cell_x.square() + cell_y.square()).sqrt()).clamp(0, 1)
+        ink = (0.5 + (dy * turn).sin() / turn).clamp(0, 1)
+    elif texture == "checkered":
+        ink = (0.5 + (dx * turn).sin() * (dy * turn).sin() * 1.5 / turn).clamp(0, 1)
+    else:
+        cell_x, cell_y = (torch.remainder(d + period / 2, period) - period / 2 for d in (dx, dy))
+        ink = (0.5 + 2.2 - (cell_x.square() + cell_y.square()).sqrt()).clamp(0, 1)
+    return 1 - (1 - _SHADE) * ink

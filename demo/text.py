@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from demo import scenes
+from . import scenes
 
 WIDTH = 128
 

@@ -1,0 +1,1 @@
+"""How the demo models were trained; see demo/README.md."""

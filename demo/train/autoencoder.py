@@ -15,7 +15,7 @@ import time
 import torch
 from torch import nn
 
-from demo import autoencoder, scenes
+from .. import autoencoder, scenes
 
 BATCH = 32
 LEARNING_RATE = 2e-3

@@ -19,7 +19,6 @@ import argparse
 import csv
 import json
 import logging
-import math
 import os
 import pathlib
 import sys
@@ -28,8 +27,8 @@ import time
 import torch
 from torch import distributed, nn
 
-from demo import autoencoder, scenes, text
-from demo.train.muon import Muon
+from .. import autoencoder, scenes, text
+from .muon import Muon
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +63,12 @@ class Trainee(nn.Module):
         super().__init__()
         from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 
-        self.model = OpenAISignatureMMDITWrapper(
-            **UNET_CONFIG, dtype=torch.float32, device="cpu", operations=nn
-        )
+        self.model = OpenAISignatureMMDITWrapper(**UNET_CONFIG, dtype=torch.float32, device="cpu", operations=nn)
         self.text = text.TextEncoder()
         _initialise(self.model)
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Velocity ``[B, 8, 16, 16]`` at x of the same shape, sigma ``[B]`` in 0..1, token ids ``[B, T]``."""
         context, pooled = self.text(tokens)
         return self.model(x, sigma * 1000, context=context, y=pooled)
 
