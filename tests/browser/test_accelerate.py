@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from page import DECISIONS, EFFECTIVE, RUN, STEPS, SUMMARY, NodePage, accelerate, node
+from browser.page import DECISIONS, EFFECTIVE, RUN, STEPS, SUMMARY, NodePage, accelerate, node
 from playwright.sync_api import expect
 
 SET_BY_PRESET = ("start_percent", "end_percent", "window", "boundary", "forecast")
@@ -67,6 +67,13 @@ def test_status_after_change_of_a_setting_is_no_longer_shown(page: NodePage) -> 
     expect(page.panel(1)).to_have_text("Values in force are shown after the first run.")
 
 
+def test_run_of_a_silent_node_gives_the_values_in_force(page: NodePage) -> None:
+    page.load(accelerate())
+    page.send("run", node_id="1", summary=SUMMARY, run=RUN)
+    expect(page.panel(1)).to_contain_text("Skips 21 of 28 blocks on reuse steps")
+    assert page.widgets(1)["forecast"]["label"] == "forecast (taylor)"
+
+
 def test_status_unsupported_model_gives_the_reason(page: NodePage) -> None:
     page.load(accelerate())
     reason = "No block list found in UNetModel (children: input_blocks). The model passes through unchanged."
@@ -86,7 +93,7 @@ def test_progress_fills_the_timeline(page: NodePage) -> None:
     page.load(accelerate())
     for done in (1, 14):
         decisions = DECISIONS[:done] + [None] * (STEPS - done)
-        page.send("progress", node_id="1", step=done - 1, steps=STEPS, decision=DECISIONS[done - 1], decisions=decisions)
+        page.send("progress", node_id="1", step=done - 1, steps=STEPS, decision=decisions[done - 1], decisions=decisions)
         expect(page.panel(1)).to_contain_text(f"Sampling: step {done} of {STEPS}")
         expect(page.panel(1).locator("svg .blockdance-pending")).to_have_count(STEPS - done)
     expect(page.panel(1).locator("svg .blockdance-reuse")).to_have_count(1)
@@ -142,8 +149,8 @@ def test_node_grows_with_its_content(page: NodePage) -> None:
     page.page.wait_for_timeout(500)
     panel = page.panel(1).bounding_box()
     bottom = page.js(
-        "() => { const { canvas } = window.app, node = canvas.graph.getNodeById(1); "
-        "return canvas.canvas.getBoundingClientRect().top + (node.pos[1] + node.size[1] + canvas.ds.offset[1]) * canvas.ds.scale; }"
+        "() => { const { canvas, canvas: { ds } } = window.app, { pos, size } = canvas.graph.getNodeById(1); "
+        "return canvas.canvas.getBoundingClientRect().top + (pos[1] + size[1] + ds.offset[1]) * ds.scale; }"
     )
     assert panel is not None and panel["y"] + panel["height"] <= bottom + 1
     clipped = page.js("panel => panel.scrollHeight - panel.clientHeight", page.panel(1).element_handle())
@@ -167,6 +174,12 @@ def test_prompt_holds_the_widgets_own_values(page: NodePage) -> None:
     page.send("status", node_id="1", supported=True, message="", effective=EFFECTIVE)
     prompt = page.js("() => window.app.graphToPrompt().then(({ output }) => output)")
     assert list(prompt["1"]["inputs"].values()) == VALUES
+
+
+def test_interrupted_run_says_so(page: NodePage) -> None:
+    page.load(accelerate())
+    page.send("run", node_id="1", summary=SUMMARY, run={**RUN, "completed": False, "dit_ms": []})
+    expect(page.panel(1)).to_contain_text("The run did not finish")
 
 
 def test_workflow_built_again_shows_its_last_run(page: NodePage) -> None:

@@ -7,7 +7,7 @@ import urllib.request
 from typing import Any
 
 import pytest
-from page import EXTENSION, NodePage, accelerate
+from browser.page import EXTENSION, NodePage, accelerate
 from playwright.sync_api import expect
 
 NODES = ("BlockDanceAccelerate", "BlockDanceReport")

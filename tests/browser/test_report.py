@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from page import DECISIONS, RUN, STEPS, NodePage, accelerate, report
+from browser.page import DECISIONS, RUN, STEPS, NodePage, accelerate, report
 from playwright.sync_api import expect
 
 SECOND: dict[str, Any] = {
