@@ -139,7 +139,7 @@ class _Call:
         block = self.blocks[index]
         if index == 0:
             self.injected = self.visitor.at_input(block.received(args, kwargs))
-        if self.injected is None:
+        if self.injected is None or (self.boundary is not None and index > self.boundary):
             return _RUN
         if index == self.boundary:
             self.injections += 1
@@ -153,7 +153,7 @@ class _Call:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after(self, index: int, value: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Block `index` ran and returned `value`."""
-        if index in self.observed:
+        if index in self.observed and self.injected is None:
             block = self.blocks[index]
             passage = Passage(block.received(args, kwargs), block.returned(value), (*args, *kwargs.values()))
             self.visitor.at_output(index, passage)
@@ -191,7 +191,7 @@ def _forward_replaced(module: nn.Module, call: _Call, index: int) -> Iterator[No
         yield
     finally:
         if before is missing:
-            del module.__dict__["forward"]
+            module.__dict__.pop("forward", None)
         else:
             module.forward = before
 

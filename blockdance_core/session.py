@@ -361,8 +361,10 @@ def step_of(sigmas: Sequence[float], sigma: float, current: int) -> int:
     last = max(len(sigmas) - 2, 0)
     starts = [k for k in range(last + 1) if k < len(sigmas) and math.isclose(sigmas[k], sigma, rel_tol=1e-4, abs_tol=1e-9)]
     if starts:
+        nearest = min(abs(sigmas[k] - sigma) for k in starts)
+        starts = [k for k in starts if abs(sigmas[k] - sigma) == nearest]
         return next((k for k in starts if k >= current), starts[-1])
-    holding = [k for k in range(last) if min(sigmas[k : k + 2]) <= sigma <= max(sigmas[k : k + 2])]
+    holding = [k for k in range(len(sigmas) - 1) if min(sigmas[k : k + 2]) <= sigma <= max(sigmas[k : k + 2])]
     if holding:
         return next((k for k in holding if k >= current), holding[-1])
-    return 0 if sigmas and sigma > sigmas[0] else last
+    return 0 if sigmas and abs(sigma - sigmas[0]) < abs(sigma - sigmas[-1]) else last

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,7 @@ class FlowCheck:
 
     def __init__(self) -> None:
         self._returned: list[weakref.ref[Tensor]] = []
+        self._constant: list[weakref.ref[Tensor]] = []
 
     def failure(self, index: int, passage: Passage) -> str | None:
         """Why skipping would be wrong, judged after block `index` ran; None as long as nothing speaks against it."""
@@ -82,11 +84,26 @@ class FlowCheck:
             return f"block {index} returns another shape than it takes"
         if index and not _same(received, self._returned[-1]()):
             return f"block {index} does not take what block {index - 1} returned"
-        earlier = [tensor for reference in self._returned if (tensor := reference()) is not None]
-        if any(argument is tensor for argument in passage.arguments if argument is not received for tensor in earlier):
+        # A skip may reach the block as a new tensor (HunyuanDiT with a control), so whatever looks like the hidden state
+        # counts as one unless every block is given the same.
+        others = [argument for argument in _tensors(passage.arguments)
+                  if argument is not received and argument.shape == received.shape]
+        if not index:
+            self._constant = [weakref.ref(other) for other in others]
+        if any(not any(_same(other, constant()) for constant in self._constant) for other in others):
             return f"block {index} also takes the output of an earlier block (a long skip connection)"
         self._returned.append(weakref.ref(returned))
         return None
+
+
+def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
 
 
 def _same(one: Tensor, other: Tensor | None) -> bool:
