@@ -33,7 +33,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     nodes.parent.mkdir()
     nodes.write_text(source.read_text(encoding="utf-8").replace('"@TESTS@"', repr(str(HERE.parent))), encoding="utf-8")
     arguments = ["--cpu", "--whitelist-custom-nodes", server.REPO.name, nodes.name]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # more of them wait for each other where the browser computes too
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # two wait for each other where the browser computes too
     with server.running(
         sys.executable, launcher.host_path(), base, arguments=arguments, variables=one_thread
     ) as page:

@@ -92,7 +92,8 @@ class NodePage:
         """Load a new workflow of these nodes, without links."""
         self.load_workflow({
             "id": str(uuid.uuid4()), "revision": 0, "last_node_id": 100, "last_link_id": 0, "nodes": list(nodes),
-            "links": [], "groups": [], "config": {}, "extra": {"ds": {"scale": 1, "offset": [150, 120]}}, "version": 0.4,
+            "links": [], "groups": [], "config": {}, "version": 0.4,
+            "extra": {"ds": {"scale": 1, "offset": [150, 120]}},
         })
 
     def load_workflow(self, workflow: dict[str, Any]) -> None:

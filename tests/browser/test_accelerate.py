@@ -93,7 +93,8 @@ def test_progress_fills_the_timeline(page: NodePage) -> None:
     page.load(accelerate())
     for done in (1, 14):
         decisions = DECISIONS[:done] + [None] * (STEPS - done)
-        page.send("progress", node_id="1", step=done - 1, steps=STEPS, decision=decisions[done - 1], decisions=decisions)
+        last = done - 1
+        page.send("progress", node_id="1", step=last, steps=STEPS, decision=DECISIONS[last], decisions=decisions)
         expect(page.panel(1)).to_contain_text(f"Sampling: step {done} of {STEPS}")
         expect(page.panel(1).locator("svg .blockdance-pending")).to_have_count(STEPS - done)
     expect(page.panel(1).locator("svg .blockdance-reuse")).to_have_count(1)
