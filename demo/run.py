@@ -35,7 +35,7 @@ WORKFLOW = Path(__file__).with_name("workflow_api.json")
 GROUP_SIZES = (2, 3, 4)
 BATCH = 4
 ROUNDS = 4
-SECONDS = 40.0  # no round is begun that would end later than this
+SECONDS = 30.0  # no round is begun that would end later than this
 TILE, MARGIN = 128, 110  # pixels in the grid: a picture's side, and the place for a row's name
 SCHEDULE = ("start_percent", "end_percent", "window", "boundary")  # inputs that say which steps reuse what
 
