@@ -313,11 +313,15 @@ def table(summary: Mapping[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    note = (
-        f"DiT time of a batch of {full['pictures'] // full['rounds']}, median of {full['rounds']} rounds; "
+    notes = [
+        f"DiT time of a batch of {full['pictures'] // full['rounds']}, median of {full['rounds']} round(s); "
         f"SSIM and PSNR against the full run, mean of {full['pictures']} pictures ({full['pictures_as']})."
-    )
-    return "\n".join([*lines, note])
+    ]
+    if any(run["cut"] > run["reused_steps"] / run["steps"] for run in summary["runs"]):
+        notes.append(
+            "Some cuts exceed the share of reused steps, which is impossible: the machine was busy, repeat this later."
+        )
+    return "\n".join([*lines, *notes])
 
 
 def grid(rounds: Sequence[Round], columns: int = 8) -> Image.Image:

@@ -470,6 +470,14 @@ def test_table_lines_up(run: ModuleType) -> None:
     assert "25.0%" in lines[3] and "20.0 dB" in lines[3] and "8-bit" in lines[-1]
 
 
+def test_table_impossible_cut_is_pointed_out(run: ModuleType) -> None:
+    def text(fast_ms: float) -> str:
+        return run.table(run.summarise(some_rounds(run, (1000.0,), (fast_ms,)), floats=True))
+
+    assert "impossible" not in text(500.0)  # one of two steps is reused: at most half the time
+    assert "impossible" in text(490.0)
+
+
 def test_grid_has_a_row_a_setting_and_a_column_a_picture(run: ModuleType) -> None:
     sheet = run.grid(some_rounds(run, (1.0, 1.0), (1.0, 1.0)))
     assert sheet.size == (run.MARGIN + 4 * run.TILE, 7 * run.TILE)
