@@ -1,7 +1,9 @@
-"""Train the demo autoencoder: ``python -m demo.train.autoencoder --out FOLDER [--minutes 11]``.
+"""Train the demo autoencoder: ``python -m demo.train.autoencoder --out FOLDER``.
 
 L1 on pixels and on their differences (edges), with batch-normalised latents to which noise is added, so that nearby
-latents decode to nearby pictures. The checkpoint holds the weights and the latents' mean and scale per channel.
+latents decode to nearby pictures. Two phases: both halves, then the decoder alone (``--phase 2``), which can be repeated
+without touching the latents that a diffusion model has learned. The checkpoint holds the weights and the latents'
+mean and scale per channel.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import math
 import pathlib
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +21,9 @@ from torch import nn
 from .. import autoencoder, scenes
 
 BATCH = 32
-LEARNING_RATE = 2e-3
-NOISE = 0.12  # typical standard deviation of the noise on unit-variance latents
+STEPS = (3000, 3000)  # of each phase
+LEARNING_RATE = (2e-3, 1e-3)
+NOISE = (0.12, 0.06)  # scale of the noise on unit-variance latents
 
 
 def _edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,64 +42,73 @@ def psnr(model: autoencoder.Autoencoder, picture: torch.Tensor) -> float:
     return 10 * math.log10(4 / (decoded - picture).square().mean().item())
 
 
-def train(out: pathlib.Path, minutes: float, seed: int = 0) -> None:
-    """Train for a fixed time and write ``autoencoder.pt`` and ``autoencoder.json`` to ``out``."""
+def pictures(count: int, generator: torch.Generator, split: str = "train") -> torch.Tensor:
+    """Random scenes ``[count, 3, 64, 64]`` in -1..1."""
+    return scenes.render(scenes.draw(count, generator, split), generator) * 2 - 1
+
+
+def train(out: pathlib.Path, phase: int, steps: int, seed: int) -> dict[str, Any]:
+    """Run one phase, the second on what the first left in ``out``; write ``autoencoder.pt`` and ``autoencoder.json``."""
     torch.manual_seed(seed)
     model = autoencoder.Autoencoder().to(memory_format=torch.channels_last)
     norm = nn.BatchNorm2d(autoencoder.LATENT_CHANNELS, affine=False, momentum=0.02)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
-    generator = torch.Generator().manual_seed(seed + 1)
-    held_out = torch.Generator().manual_seed(seed + 2)
-    check = scenes.render(scenes.draw(128, held_out, "validation"), held_out) * 2 - 1
-    out.mkdir(parents=True, exist_ok=True)
-    start, step, history = time.monotonic(), 0, []
-    while (share := (time.monotonic() - start) / (60 * minutes)) < 1:
-        rate = LEARNING_RATE * min(1, (step + 1) / 100) * (0.02 + 0.98 * math.cos(share * math.pi / 2) ** 2)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        picture = scenes.render(scenes.draw(BATCH, generator), generator) * 2 - 1
-        picture = picture.contiguous(memory_format=torch.channels_last)
+    record: dict[str, Any] = {"seed": seed, "batch": BATCH, "phases": []}
+    if phase == 2:
+        record = json.loads((out / "autoencoder.json").read_text(encoding="utf-8"))
+        model.load_state_dict(torch.load(out / "autoencoder.pt", weights_only=True))
+        model.encoder.requires_grad_(False)
+        norm.running_mean.copy_(torch.tensor(record["mean"]))
+        norm.running_var.copy_(torch.tensor(record["std"]).square())
+        norm.eval()
+    rate, noise = LEARNING_RATE[phase - 1], NOISE[phase - 1]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(learning, lr=rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, steps, pct_start=0.03)
+    generator = torch.Generator().manual_seed(seed + phase)
+    check = pictures(128, torch.Generator().manual_seed(seed + 7), "validation")
+    start, history = time.monotonic(), []
+    for step in range(1, steps + 1):
+        picture = pictures(BATCH, generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             latent = norm(model.encode(picture).float())
-            level = NOISE * torch.randn(BATCH, 1, 1, 1, generator=generator).abs()
+            level = noise * torch.randn(BATCH, 1, 1, 1, generator=generator).abs()
             noisy = latent + level * torch.randn(latent.shape, generator=generator)
             raw = noisy * (norm.running_var + norm.eps).sqrt()[:, None, None] + norm.running_mean[:, None, None]
             decoded = model.decode(raw)
         loss = _loss(decoded.float(), picture)
         optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(learning, 1.0)
         optimiser.step()
-        step += 1
+        schedule.step()
         if step % 100 == 0:
             history.append({"step": step, "loss": round(loss.item(), 5), "psnr": round(psnr(model, check), 2)})
             print(history[-1], f"{step * BATCH / (time.monotonic() - start):.0f} pictures/s", flush=True)
-    with torch.no_grad():
-        latent = model.encode(scenes.render(scenes.draw(2048, held_out), held_out) * 2 - 1)
-    record = {
-        "mean": latent.mean((0, 2, 3)).tolist(),
-        "std": latent.std((0, 2, 3)).tolist(),
-        "psnr": psnr(model, check),
-        "steps": step,
-        "batch": BATCH,
-        "seed": seed,
-        "seconds": round(time.monotonic() - start),
-        "history": history,
-    }
+    if phase == 1:
+        with torch.no_grad():
+            latent = model.encode(pictures(2048, generator))
+        record |= {"mean": latent.mean((0, 2, 3)).tolist(), "std": latent.std((0, 2, 3)).tolist()}
+    seconds = round(time.monotonic() - start)
+    record["psnr"] = psnr(model, check)
+    record["phases"].append({"phase": phase, "steps": steps, "seconds": seconds, "history": history})
     torch.save(model.state_dict(), out / "autoencoder.pt")
     (out / "autoencoder.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return record
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--minutes", type=float, default=11.0)
+    parser.add_argument("--phase", type=int, choices=(1, 2), help="only this one")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    train(options.out, options.minutes, options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for phase in (options.phase,) if options.phase else (1, 2):
+        record = train(options.out, phase, STEPS[phase - 1], options.seed)
+        print(f"phase {phase}: {record['psnr']:.2f} dB")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,10 @@ def export(run: pathlib.Path, path: pathlib.Path) -> None:
             "hardware": f"{platform.machine()} CPU, {sd3_mini.SHARDS} cores, bfloat16 autocast",
             "torch": torch.__version__,
         },
-        "autoencoder_training": {k: first[k] for k in ("psnr", "steps", "batch", "seed", "seconds")},
+        "autoencoder_training": {
+            **{key: first[key] for key in ("psnr", "batch", "seed")},
+            "phases": [{key: phase[key] for key in ("phase", "steps", "seconds")} for phase in first["phases"]],
+        },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(state, path, {k: json.dumps(v) for k, v in metadata.items()})

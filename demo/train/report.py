@@ -19,7 +19,7 @@ import torch
 
 from .. import detector, loader
 
-TILE, TEXT = 160, 76  # pixels
+TILE, TEXT = 160, 92  # pixels
 
 
 def sample(demo: loader.DemoModel, captions: Sequence[str], cfg: float, seed: int, steps: int = 30) -> torch.Tensor:
@@ -75,7 +75,7 @@ def sheet(pictures: torch.Tensor, captions: Sequence[str], verdicts: Sequence[de
         if not verdict.right:
             pen.rectangle((x - 4, y - 4, x + TILE + 3, y + TILE + 3), fill=(214, 40, 40))
         canvas.paste(Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC), (x, y))
-        pen.text((x, y + TILE + 5), textwrap.fill(caption, 31), fill="black", font=font, spacing=1)
+        pen.text((x, y + TILE + 5), textwrap.fill(caption, 28), fill="black", font=font, spacing=1)
     return canvas
 
 

@@ -157,7 +157,7 @@ class Run:
         self.trainee.load_state_dict(state["trainee"])
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
-        self.ema = state["ema"]
+        self.ema = [value.detach() for value in state["ema"]]
         self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
         logger.info("resumed at step %d", self.step)
 
@@ -205,7 +205,8 @@ class Run:
             self.adam.step()
             self.trainee.zero_grad()
             self.step += 1
-            torch._foreach_lerp_(self.ema, self.parameters, 1 - min(EMA, self.step / (self.step + 10)))
+            with torch.no_grad():
+                torch._foreach_lerp_(self.ema, self.parameters, 1 - min(EMA, self.step / (self.step + 10)))
             losses.append(loss_value)
             self.seconds = time.monotonic() - begun
             if self.step % self.options.every == 0 or stop or self.step == self.options.steps:
