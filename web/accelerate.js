@@ -136,7 +136,7 @@ function facts(run) {
   const time = timeText(run);
   return [
     [run.window?.text, reusedText(run)].filter(Boolean).join("; "),
-    time && `Median DiT time of a step: ${time}`,
+    time && `DiT step, median: ${time}`,
     run.cut_arithmetic ? `Estimated cut of DiT time: ${percent(run.cut_arithmetic)}` : "",
   ].filter(Boolean).map(sentence);
 }

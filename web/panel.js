@@ -1,5 +1,7 @@
 /** A block of HTML on a node, in both renderers of the host (canvas, and Vue = "Nodes 2.0"). */
 
+import { app } from "/scripts/app.js";
+
 const MARGIN = 6; // px; the canvas renderer keeps this free around the element
 const FIRST_HEIGHT = 22; // px, until the content has been measured
 
@@ -43,17 +45,21 @@ export function addPanel(node, body) {
   // places: the option is for the prompt, the property for the saved workflow (front end 1.47, LGraphNode.serialize).
   const widget = node.addDOMWidget("blockdance_panel", "blockdance_panel", root, {
     serialize: false,
+    hideInPanel: true, // not an input to set in the side panel, which would also change its width
     margin: MARGIN,
     getMinHeight: () => height + 2 * MARGIN, // canvas only; the Vue renderer measures the element
     getMaxHeight: () => height + 2 * MARGIN,
   });
   widget.serialize = false;
 
+  root.addEventListener("wheel", (event) => {
+    if (!inVueNode(root)) app.canvas.processMouseWheel(event); // zoom, as over the rest of the canvas
+  });
   const observer = new ResizeObserver(() => {
     const measured = Math.ceil(body.offsetHeight); // 0 while the node is off screen
     if (!measured || measured === height) return;
     height = measured;
-    if (!root.closest("[data-node-id]")) fit(node); // the Vue renderer grows its nodes itself
+    if (!inVueNode(root)) fit(node); // the Vue renderer grows its nodes itself
   });
   observer.observe(body);
   chain(node, "onRemoved", () => {
@@ -61,6 +67,9 @@ export function addPanel(node, body) {
     root.remove();
   });
 }
+
+/** @param {HTMLElement} root @returns {boolean} whether the Vue renderer holds the panel */
+const inVueNode = (root) => Boolean(root.closest("[data-node-id]"));
 
 /** @param {any} node a node of the canvas renderer, grown to what its widgets need; never shrunk */
 function fit(node) {

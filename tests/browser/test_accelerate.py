@@ -108,7 +108,7 @@ def test_run_shows_bars_numbers_and_reasons(page: NodePage) -> None:
     panel = page.panel(1)
     for text in (
         "Window covers 17 of 30 steps; 8 of 30 steps reused",
-        "Median DiT time of a step: compute 60.0 ms, reuse 20.0 ms",
+        "DiT step, median: compute 60.0 ms, reuse 20.0 ms",
         "Estimated cut of DiT time: 20 %",
         "40 % noise level is reached after 3 steps",
         "Computed instead of reused, 2 calls: a patch replaces block 0",
@@ -140,7 +140,7 @@ def test_run_without_measurement_shows_no_time(page: NodePage) -> None:
     page.load(accelerate())
     page.send("run", node_id="1", summary=SUMMARY, run={**RUN, "dit_ms": [0] * STEPS})
     expect(page.panel(1)).to_contain_text("8 of 30 steps reused")
-    expect(page.panel(1)).not_to_contain_text("Median")
+    expect(page.panel(1)).not_to_contain_text("median")
 
 
 def test_node_grows_with_its_content(page: NodePage) -> None:
@@ -156,6 +156,21 @@ def test_node_grows_with_its_content(page: NodePage) -> None:
     assert panel is not None and panel["y"] + panel["height"] <= bottom + 1
     clipped = page.js("panel => panel.scrollHeight - panel.clientHeight", page.panel(1).element_handle())
     assert clipped <= 0
+
+
+def test_wheel_over_the_panel_zooms_the_canvas(page: NodePage) -> None:
+    page.load(accelerate())
+    page.panel(1).hover()
+    page.page.mouse.wheel(0, -200)
+    page.page.wait_for_function("() => window.app.canvas.ds.scale > 1")
+
+
+def test_side_panel_lists_the_settings_only(page: NodePage) -> None:
+    page.load(accelerate())
+    listed = page.js(
+        "() => window.app.canvas.graph.getNodeById(1).widgets.filter(w => !w.options.hideInPanel).map(w => w.name)"
+    )
+    assert listed == list(page.widgets(1))
 
 
 def test_save_and_load_keep_widget_values(page: NodePage) -> None:

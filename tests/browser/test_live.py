@@ -59,7 +59,7 @@ def test_queued_run_fills_timeline_and_report(page: NodePage) -> None:
     panel = page.panel(accelerate)
     expect(panel).to_contain_text(f"of {STEPS} steps reused", timeout=120_000)
     expect(panel).to_contain_text("Skips 6 of 8 blocks on reuse steps")
-    expect(panel).to_contain_text("Median DiT time of a step: compute")
+    expect(panel).to_contain_text("DiT step, median: compute")
     reused = panel.locator("svg .blockdance-reuse")
     assert 1 <= reused.count() < STEPS / 2
     assert page.widgets(accelerate)["boundary"]["label"] == "boundary (6 of 8 blocks)"
