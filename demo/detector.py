@@ -3,7 +3,7 @@
 For each object of the caption, at the place the caption names, every shape, texture, size and small displacement is
 drawn over the rest of the scene with the best of the eight colours; the least squared error says what is there. Places
 are therefore judged by how well anything explains the picture there: an object elsewhere leaves background, which no
-candidate fits, so the candidates include "nothing".
+candidate fits well, so the candidates include "nothing".
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from . import scenes
 
 _REACH = 15  # pixels around the place that count
 _OFFSETS = torch.arange(-3.0, 3.5, 1.0)  # pixels; the renderer's jitter and a little more
+_STRAY_ERROR, _STRAY_PIXELS = 0.02, 16  # mean square over the channels; pixels that may exceed it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Verdict:
 
     Attributes:
         objects: For each object of the caption, attribute name -> right or wrong.
-        background: Whether the background has the named colour and fill.
+        background: Whether the background has the named colour and fill, and nothing that the caption does not name.
     """
 
     objects: tuple[dict[str, bool], ...]
@@ -55,25 +56,27 @@ def _background(picture: torch.Tensor, scene: scenes.Scenes) -> bool:
     covered = _alpha(scene, range(scenes.MAX_OBJECTS), grow=4.0)
     every = torch.cartesian_prod(*(torch.arange(len(group)) for group in scenes.BACKGROUND_ATTRIBUTES))
     drawn = scenes.render(scenes.Scenes(scene.objects.expand(len(every), -1, -1) * 0 - 1, every))
-    errors = ((drawn - picture).square().sum(1) * (1 - covered)).sum((1, 2))
-    return bool((every[errors.argmin()] == scene.background[0]).all())
+    errors = (drawn - picture).square().mean(1) * (1 - covered)
+    best = int(errors.sum((1, 2)).argmin())
+    stray = int((errors[best] > _STRAY_ERROR).sum())
+    return bool((every[best] == scene.background[0]).all()) and stray <= _STRAY_PIXELS
 
 
 def _object(picture: torch.Tensor, scene: scenes.Scenes, index: int) -> dict[str, bool]:
     size, colour, texture, shape, row, column = scene.objects[0, index].tolist()
     y0, x0 = scenes.CENTRES[row], scenes.CENTRES[column]
     top, left = int(y0 - _REACH), int(x0 - _REACH)
-    window = (slice(max(top, 0), top + 2 * _REACH), slice(max(left, 0), left + 2 * _REACH))
+    rows, columns = slice(max(top, 0), top + 2 * _REACH), slice(max(left, 0), left + 2 * _REACH)
     others = scene.objects.clone()
     others[0, index:] = -1
-    behind = scenes.render(scenes.Scenes(others, scene.background))[0][(slice(None), *window)]
-    seen = 1 - _alpha(scene, range(index + 1, scenes.MAX_OBJECTS), grow=1.0)[window]
-    target = picture[(slice(None), *window)]
+    behind = scenes.render(scenes.Scenes(others, scene.background))[0][:, rows, columns]
+    seen = 1 - _alpha(scene, range(index + 1, scenes.MAX_OBJECTS), grow=1.0)[rows, columns]
+    target = picture[:, rows, columns]
 
     axis = torch.arange(scenes.SIZE) + 0.5
     offset_y, offset_x = (o.flatten()[:, None, None] for o in torch.meshgrid(_OFFSETS, _OFFSETS, indexing="ij"))
-    dy = axis[window[0]][None, :, None] - y0 - offset_y
-    dx = axis[window[1]][None, None, :] - x0 - offset_x
+    dy = axis[rows][None, :, None] - y0 - offset_y
+    dx = axis[columns][None, None, :] - x0 - offset_x
     palette = torch.tensor(list(scenes.COLOURS.values()))
     best: tuple[float, tuple[int, ...]] = (((target - behind).square() * seen).sum().item(), (-1, -1, -1, -1))
     for c_shape, c_size in itertools.product(range(len(scenes.SHAPES)), range(len(scenes.SIZES))):

@@ -94,3 +94,10 @@ def test_detector_names_the_wrong_attribute():
     assert found.objects == ({"size": True, "colour": True, "texture": True, "shape": False},)
     nothing = detector.judge(picture, "a large red striped circle bottom right")
     assert not any(nothing.objects[0].values())
+
+
+def test_detector_rejects_what_the_caption_does_not_name():
+    picture = scenes.render(scenes.parse("a large red striped circle top left, a small blue plain star bottom right"))[0]
+    verdict = detector.judge(picture, "a large red striped circle top left")
+    assert all(verdict.objects[0].values())
+    assert not verdict.background
