@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-COLOURS = {"compute": (90, 98, 110), "cache": (230, 159, 0), "reuse": (0, 114, 178), "mixed": (204, 121, 167)}
-"""By decision; from the colour-blind safe palette of Okabe and Ito."""
+COLOURS = {"compute": (138, 144, 153), "cache": (230, 159, 0), "reuse": (86, 180, 233), "mixed": (204, 121, 167)}
+"""By decision, as in web/timeline.js; grey and three colours of the colour-blind safe palette of Okabe and Ito."""
 _BACKGROUND, _INK, _FAINT = (24, 26, 30), (235, 237, 240), (140, 146, 155)
 _WIDTH, _HEIGHT, _MARGIN = 960, 300, 40
 
@@ -34,7 +34,7 @@ def timeline(run: dict[str, Any]) -> np.ndarray:
         top = floor - max(3.0, (floor - ceiling) * run["dit_ms"][step] / highest)
         draw.rectangle((left, top, left + max(pitch - 2, 1), floor), fill=COLOURS[run["decisions"][step]])
         if step in (0, steps - 1) or step % max(1, steps // 10) == 0:
-            draw.text((left, floor + 4), str(step), fill=_FAINT, font=small)
+            draw.text((left, floor + 4), str(step + 1), fill=_FAINT, font=small)
     if steps:
         draw.text((_MARGIN, 40), f"{highest:.4g} ms", fill=_FAINT, font=small)
     left = float(_MARGIN)

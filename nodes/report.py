@@ -28,6 +28,7 @@ class BlockDanceReport(io.ComfyNode):
             display_name="BlockDance Report",
             category="model/BlockDance",
             description="Shows which steps were computed and reused, and what they took. Place it after the sampler.",
+            is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model that the sampler used."),
                 io.Latent.Input("latent", tooltip="The sampler's output; it is passed on unchanged."),

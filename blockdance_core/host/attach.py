@@ -113,7 +113,8 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
     def tell(step: int, decision: str) -> None:
         decisions[step] = decision
         notify.send("progress", {
-            "node_id": handle.node_id, "step": step, "steps": len(session.figures), "decision": decision,
+            "node_id": handle.node_id, "prompt_id": prompt_id,
+            "step": step, "steps": len(session.figures), "decision": decision,
             "decisions": [decisions.get(index) for index in range(len(session.figures))],
         })
 
@@ -133,7 +134,7 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
         handle.add(run, prompt_id)
         line = summary(run)
         log.info("%s", line)
-        notify.send("run", {"node_id": handle.node_id, "summary": line, "run": run})
+        notify.send("run", {"node_id": handle.node_id, "prompt_id": prompt_id, "summary": line, "run": run})
         notify.progress_text(line, sampler_node)
 
 
