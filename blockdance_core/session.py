@@ -247,7 +247,7 @@ class _Visit:
         if plan.decision == REUSE and plan.boundary is not None:
             self.record = (plan.boundary,)  # a compute forced inside a group stores
             self.boundary = None if self.probing else plan.boundary
-        obstacle = self._obstacle()
+        self.obstacle = obstacle = self._obstacle()
         if obstacle and self.record:
             session.fallbacks[obstacle] += 1
             self.record, self.boundary = (), None
@@ -293,17 +293,17 @@ class _Visit:
         if output is None or any(part is not None and part.shape[0] != self.info.rows for part in output):
             self._break("its blocks do not return one row per sample")
             return
-        if self.probing:
+        if self.probing and not self.obstacle:
             state.predicted_bytes += nbytes(output) * state.cache.keep
         if index in self.record:
             self._store(index, output)
 
     def finish(self) -> None:
         """The call went through."""
-        if self.entries == 0:
+        if self.entries == 0 and self.state.blocks[0].hook_key not in self.info.replaced:
             self.session.fallbacks["the blocks did not run: something else answered the call"] += 1
             self.skipped = len(self.state.blocks)
-            if self.probing:
+            if self.probing and not self.state.predicted_bytes:
                 self.state.first_evaluation = None
 
     def _store(self, index: int, output: Feature) -> None:

@@ -1,0 +1,31 @@
+"""Invariant 6: two runs share nothing; a second queue of the same prompt is as fast and as faithful as the first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import FORECASTS, STEPS, accelerate, distance, every_case, model_of, runs
+from tiny import Case, sample
+
+
+@every_case
+@pytest.mark.parametrize("forecast", FORECASTS)
+def test_a_second_run_equals_a_fresh_one(case: Case, forecast: str) -> None:
+    model = model_of(case)
+    used = accelerate(model, forecast=forecast)
+    first = sample(used, case, steps=STEPS, seed=1)
+    other = sample(used, case, steps=STEPS, seed=2)
+    assert torch.equal(other, sample(accelerate(model, forecast=forecast), case, steps=STEPS, seed=2))
+    assert torch.equal(first, sample(used, case, steps=STEPS, seed=1))
+    assert distance(first, other) > 1e-2
+    assert [run["reused_steps"] for run in runs(used)] == [3, 3, 3]
+    assert len({str(run["fallbacks"]) for run in runs(used)}) == 1
+
+
+@every_case
+def test_a_run_with_another_batch_length_and_steps_in_between_changes_nothing(case: Case) -> None:
+    used = accelerate(model_of(case), forecast="taylor")
+    first = sample(used, case, steps=STEPS)
+    sample(used, case, steps=12, batch=3, different_lengths=True)
+    sample(used, case, steps=STEPS, cfg=1.0, denoise=0.5)
+    assert torch.equal(first, sample(used, case, steps=STEPS))

@@ -1,0 +1,231 @@
+"""Guarantees beside other nodes: control, replaced blocks, compile, EasyCache, LazyCache, another Accelerate node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+import pytest
+import torch
+import torch._dynamo
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from contract.reference import Reference, plan
+from harness import STEPS, accelerate, assert_close, distance, last_run, model_of, reused_steps, runs
+from tiny import CASES, Case, count_calls, fake_control, sample
+
+sd3, flux = CASES["sd3"], CASES["flux"]
+
+
+@pytest.mark.parametrize("case", [sd3, flux], ids=lambda case: case.name)
+@pytest.mark.parametrize("percent", [(0.0, 0.5), (0.5, 1.0)], ids=["ends", "begins"])
+def test_change_of_control_drops_the_cache(case: Case, percent: tuple[float, float]) -> None:
+    model = model_of(case)
+    accelerated = accelerate(model, group_size=5, forecast="delta")
+    sample(accelerated, case, steps=STEPS, control=fake_control(case, percent=percent))
+    run = last_run(accelerated)
+    plain = accelerate(model, group_size=5, forecast="delta")
+    sample(plain, case, steps=STEPS)
+    assert run["reused_calls"] == last_run(plain)["reused_calls"] - 1, "one step computes again"
+    assert list(run["fallbacks"].values()) == [1]
+    assert "control" in next(iter(run["fallbacks"]))
+
+
+def test_control_works_while_blocks_are_skipped() -> None:
+    for case in (sd3, flux):
+        model = model_of(case)
+        full = sample(model, case, steps=STEPS, control=fake_control(case))
+        found = sample(accelerate(model, forecast="taylor"), case, steps=STEPS, control=fake_control(case))
+        without = sample(model, case, steps=STEPS)
+        assert distance(full, found) < 0.5 * distance(full, without)
+
+
+def replacing(model: ModelPatcher, block: tuple[str, int], call_original: bool) -> ModelPatcher:
+    def replaced(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        return extra["original_block"](args) if call_original else {key: args[key] for key in ("img", "txt") if key in args}
+
+    clone = model.clone()
+    clone.set_model_patch_replace(replaced, "dit", *block)
+    return clone
+
+
+@pytest.mark.parametrize("call_original", [True, False])
+@pytest.mark.parametrize(("case", "block", "boundary", "index"), [
+    (sd3, ("double_block", 0), 4, 0), (sd3, ("double_block", 4), 4, 4),
+    (flux, ("double_block", 0), 4, 0), (flux, ("single_block", 1), 4, 4), (flux, ("double_block", 2), 2, 2),
+])
+def test_a_replaced_first_or_boundary_block_computes_with_the_reason(
+    case: Case, block: tuple[str, int], boundary: int, index: int, call_original: bool
+) -> None:
+    patched = replacing(model_of(case), block, call_original)
+    accelerated = accelerate(patched, boundary=boundary, forecast="taylor")
+    full = sample(patched, case, steps=STEPS)
+    with count_calls(case.blocks(patched.model.diffusion_model)) as counts:
+        assert torch.equal(sample(accelerated, case, steps=STEPS), full)
+    run = last_run(accelerated)
+    assert run["reused_calls"] == 0
+    assert list(run["fallbacks"]) == [f"another node replaces block {index}"]
+    if call_original:
+        assert counts == [STEPS] * case.depth
+        assert run["blocks_run"] == [case.depth] * STEPS
+
+
+@pytest.mark.parametrize(("case", "block"), [(sd3, ("double_block", 2)), (flux, ("double_block", 1)), (sd3, ("double_block", 6))])
+def test_a_replaced_block_between_or_behind_is_no_obstacle(case: Case, block: tuple[str, int]) -> None:
+    patched = replacing(model_of(case), block, call_original=False)
+    accelerated = accelerate(patched, boundary=4)
+    assert torch.isfinite(sample(accelerated, case, steps=STEPS)).all()
+    assert last_run(accelerated)["reused_steps"] == 3
+    assert last_run(accelerated)["fallbacks"] == {}
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_skip_layer_guidance_on_a_needed_layer_computes_that_pass_alone(layer: int) -> None:
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    guided = SkipLayerGuidanceDiT.execute(model_of(sd3), scale=2.0, start_percent=0.0, end_percent=1.0,
+                                          double_layers=str(layer), single_layers="").result[0]
+    accelerated = accelerate(guided, boundary=3)
+    found = sample(accelerated, sd3, steps=STEPS)
+    run = last_run(accelerated)
+    assert run["calls"] == [2] * STEPS
+    assert run["reused_calls"] == 3
+    assert [run["decisions"][step] for step in (4, 6, 8)] == ["mixed"] * 3
+    assert list(run["fallbacks"]) == [f"another node replaces block {layer}"]
+    assert run["cached_bytes"] == run["predicted_bytes"]
+    if layer:
+        assert_close(found, restated(guided, "hold", 3))
+
+
+def restated(model: ModelPatcher, forecast: str, boundary: int) -> torch.Tensor:
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
+    reference = Reference(sd3, forecast, boundary, sigmas, plan(STEPS, 0.25, 1.0, 2))
+    with reference.watch(model):
+        return sample(model, sd3, steps=STEPS, callback=reference.callback)
+
+
+def test_skip_layer_guidance_does_not_become_zero() -> None:
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    guided = SkipLayerGuidanceDiT.execute(model_of(sd3), scale=2.0, start_percent=0.3, end_percent=0.8,
+                                          double_layers="2", single_layers="").result[0]
+    accelerated = accelerate(guided, forecast="taylor", boundary=5)
+    assert_close(sample(accelerated, sd3, steps=STEPS), restated(guided, "taylor", 5))
+    assert set(last_run(accelerated)["calls"]) == {1, 2}
+    assert last_run(accelerated)["fallbacks"] == {}
+
+
+def compiled(model: ModelPatcher, keys: list[str] | None = None) -> ModelPatcher:
+    clone = model.clone()
+    set_torch_compile_wrapper(clone, backend="eager", keys=keys or ["diffusion_model"])
+    return clone
+
+
+@pytest.mark.parametrize("order", ["compile first", "accelerate first"])
+@pytest.mark.parametrize("case", [sd3, flux, CASES["undeclared"]], ids=lambda case: case.name)
+def test_torch_compile_of_the_model_skips_blocks_and_recompiles_little(case: Case, order: str) -> None:
+    torch._dynamo.reset()
+    model = model_of(case)
+    expected = sample(accelerate(model, forecast="taylor", boundary=4), case, steps=STEPS)
+    if order == "compile first":
+        accelerated = accelerate(compiled(model), forecast="taylor", boundary=4)
+    else:
+        accelerated = compiled(accelerate(model, forecast="taylor", boundary=4))
+    calls = [0] * case.depth
+    for index, block in enumerate(case.blocks(model.model.diffusion_model)):
+        assert "forward" not in block.__dict__, index
+    found = sample(accelerated, case, steps=STEPS)
+    assert_close(expected, found, 1e-4)
+    run = last_run(accelerated)
+    assert reused_steps(run) == [4, 6, 8]
+    assert run["fallbacks"] == {}
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs <= 5 * case.depth
+    again = sample(accelerated, case, steps=STEPS, seed=1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= graphs + 2, "a second run compiles again"
+    assert distance(found, again) > 1e-2
+    assert not any("forward" in block.__dict__ for block in case.blocks(model.model.diffusion_model))
+    assert calls == [0] * case.depth
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("order", ["compile first", "accelerate first"])
+def test_torch_compile_of_single_blocks_skips_them(order: str) -> None:
+    torch._dynamo.reset()
+    model = model_of(sd3)
+    keys = [f"diffusion_model.joint_blocks.{index}" for index in range(sd3.depth)]
+    expected = sample(accelerate(model, boundary=4), sd3, steps=STEPS)
+    accelerated = accelerate(compiled(model, keys), boundary=4) if order == "compile first" else compiled(
+        accelerate(model, boundary=4), keys)
+    with count_calls(sd3.blocks(model.model.diffusion_model)) as counts:
+        found = sample(accelerated, sd3, steps=STEPS)
+    assert_close(expected, found, 1e-4)
+    assert reused_steps(last_run(accelerated)) == [4, 6, 8]
+    assert counts[-1] - counts[0] == 3
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("name", ["EasyCacheNode", "LazyCacheNode"])
+@pytest.mark.parametrize("case", [sd3, flux], ids=lambda case: case.name)
+def test_stacked_with_the_hosts_caches_is_finite_and_accounted(case: Case, name: str, order: str) -> None:
+    from comfy_extras import nodes_easycache
+
+    node = getattr(nodes_easycache, name)
+
+    def cached(model: ModelPatcher) -> ModelPatcher:
+        return node.execute(model, reuse_threshold=0.5, start_percent=0.0, end_percent=0.95, verbose=False).result[0]
+
+    model = model_of(case)
+    accelerated = cached(accelerate(model)) if order == "before" else accelerate(cached(model))
+    outputs = []
+    for _ in range(2):
+        with count_calls(case.blocks(model.model.diffusion_model)) as counts:
+            outputs.append(sample(accelerated, case, steps=STEPS))
+        run = last_run(accelerated)
+        assert sum(calls * blocks for calls, blocks in zip(run["calls"], run["blocks_run"], strict=True)) == sum(counts)
+        assert counts[-1] - counts[0] == run["reused_calls"]
+    assert torch.isfinite(outputs[0]).all()
+    assert torch.equal(*outputs)
+
+
+def test_two_accelerate_nodes_in_a_row_the_last_wins() -> None:
+    model = model_of(sd3)
+    both = accelerate(accelerate(model, boundary=1, forecast="delta"), boundary=5, forecast="taylor")
+    alone = accelerate(model, boundary=5, forecast="taylor")
+    assert torch.equal(sample(both, sd3, steps=STEPS), sample(alone, sd3, steps=STEPS))
+    assert len(runs(both)) == 1
+    assert last_run(both)["config"]["boundary"] == 5
+
+
+def test_a_function_wrapper_that_splits_the_batch_itself_computes_or_stays_right() -> None:
+    """model_function_wrapper slots run around apply_model and may pass on anything, half a batch too."""
+    def halves(apply: Any, args: dict[str, Any]) -> torch.Tensor:
+        x, t, c = args["input"], args["timestep"], args["c"]
+        half = len(x) // 2
+        parts = [{key: value[rows] if isinstance(value, torch.Tensor) and len(value) == len(x) else value
+                  for key, value in c.items()} for rows in (slice(0, half), slice(half, None))]
+        return torch.cat([apply(x[:half], t[:half], **parts[0]), apply(x[half:], t[half:], **parts[1])])
+
+    model = model_of(sd3).clone()
+    model.set_model_unet_function_wrapper(halves)
+    full = sample(model, sd3, steps=STEPS)
+    found = sample(accelerate(model), sd3, steps=STEPS)
+    assert distance(full, found) < 0.2
+
+
+def test_a_wrapper_that_answers_a_call_itself_is_counted() -> None:
+    answered: list[int] = []
+
+    def answer(executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        answered.append(1)
+        return torch.zeros_like(x) if len(answered) in (1, 4) else executor(x, *args, **kwargs)
+
+    model = accelerate(model_of(flux)).clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "other", answer)
+    assert torch.isfinite(sample(model, flux, steps=STEPS)).all()
+    run = last_run(model)
+    assert [k for k, blocks in enumerate(run["blocks_run"]) if blocks == 0] == [0, 3]
+    assert run["decisions"][4] == "cache", "the swallowed cache step leaves nothing to reuse: computed and stored"
+    assert reused_steps(run) == [6, 8]
