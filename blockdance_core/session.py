@@ -184,6 +184,7 @@ class Session:
         """The run is over, however it ended: drop every tensor."""
         if self.evaluations:
             self._tell()
+        self.listener = None  # it refers back to the session: a cycle would keep the model until the next collection
         for state in self.models.values():
             state.cache.clear()
 

@@ -126,15 +126,13 @@ def compiled(model: ModelPatcher, keys: list[str] | None = None) -> ModelPatcher
 @pytest.mark.parametrize("case", [sd3, flux, CASES["undeclared"]], ids=lambda case: case.name)
 def test_torch_compile_of_the_model_skips_blocks_and_recompiles_little(case: Case, order: str) -> None:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = model_of(case)
     expected = sample(accelerate(model, forecast="taylor", boundary=4), case, steps=STEPS)
     if order == "compile first":
         accelerated = accelerate(compiled(model), forecast="taylor", boundary=4)
     else:
         accelerated = compiled(accelerate(model, forecast="taylor", boundary=4))
-    calls = [0] * case.depth
-    for index, block in enumerate(case.blocks(model.model.diffusion_model)):
-        assert "forward" not in block.__dict__, index
     found = sample(accelerated, case, steps=STEPS)
     assert_close(expected, found, 1e-4)
     run = last_run(accelerated)
@@ -146,7 +144,6 @@ def test_torch_compile_of_the_model_skips_blocks_and_recompiles_little(case: Cas
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= graphs + 2, "a second run compiles again"
     assert distance(found, again) > 1e-2
     assert not any("forward" in block.__dict__ for block in case.blocks(model.model.diffusion_model))
-    assert calls == [0] * case.depth
     torch._dynamo.reset()
 
 
