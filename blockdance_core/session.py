@@ -7,42 +7,21 @@ import dataclasses
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from blockdance_core import families
 from blockdance_core.config import Config, Effective, resolve
-from blockdance_core.families._structure import FlowCheck
 from blockdance_core.forecast import FORECASTS
-from blockdance_core.interception import Feature, Passage, cloned, intercept, nbytes, signature
-from blockdance_core.schedule import COMPUTE, REUSE, Schedule, Step, build
-from blockdance_core.streams import NO_MEMORY, Entry, FeatureCache, StreamKey
+from blockdance_core.interception import intercept
+from blockdance_core.schedule import COMPUTE, REUSE, Schedule, build
+from blockdance_core.streams import FeatureCache
 from blockdance_core.timing import Stopwatch
+from blockdance_core.visit import CallInfo, Moment, Visit
 
 _LIMIT = 4
 """Stored bytes never exceed this many times the prediction, however many streams turn up later."""
-
-
-class CallInfo(NamedTuple):
-    """What the host says about one model call.
-
-    Attributes:
-        streams: Identity of each equal chunk of the batch, in batch order; empty where the host gives none.
-        rows: Rows of the whole batch.
-        device: Where the model runs.
-        replaced: The host's `patches_replace` keys in force.
-        condition: What else must not change between storing and reusing, such as the shapes of control residuals.
-        room: How many bytes may be stored on that device; asked at most once a run.
-    """
-
-    streams: tuple[Hashable, ...]
-    rows: int
-    device: torch.device
-    replaced: frozenset[object]
-    condition: Hashable
-    room: Callable[[], float]
 
 
 @dataclasses.dataclass
@@ -84,25 +63,25 @@ class ModelState:
             self.group_starts = [self.group_starts[-1], step]
             self.cache.drop_unseen(self.group_starts[0])
 
-    def place(self, info: CallInfo) -> str | None:
-        """Choose where features are kept, now that their size is known; returns what the user should know of it."""
+    def place(self, info: CallInfo) -> tuple[str, ...]:
+        """Choose where features are kept, now that their size is known; returns warnings."""
         self.placed = True
         choice, predicted, cache = self.effective.cache_device, self.predicted_bytes, self.cache
         cache.limit = _LIMIT * predicted
         if choice == "cpu":
             cache.move(torch.device("cpu"), cache.keep)
-            return None
+            return ()
         room = info.room()
         if choice == "gpu" or predicted <= room:
             cache.limit = min(cache.limit, max(room, 0.0))
-            return None
+            return ()
         size = f"{predicted / 2**20:.0f} MiB of features do not fit the {max(room, 0) / 2**20:.0f} MiB left on {info.device}"
         if cache.keep > 1 and predicted / cache.keep <= room:
             self.predicted_bytes = predicted // cache.keep
             cache.move(info.device, 1)
-            return f"{size}: no history is kept, forecasts are of order 0"
+            return (f"{size}: no history is kept, forecasts are of order 0",)
         cache.move(torch.device("cpu"), cache.keep)
-        return f"{size}: kept in CPU memory"
+        return (f"{size}: kept in CPU memory",)
 
 
 class Session:
@@ -166,19 +145,21 @@ class Session:
             if state is None or not state.active:
                 yield
             else:
-                visit = _Visit(self, state, state.schedule.steps[self.step], info, self._streams(owner, info))
+                moment = Moment(self.step, self.evaluations, self.sigma)
+                visit = Visit(state, state.schedule.steps[self.step], moment, info, self._streams(owner, info))
                 with intercept(state.blocks, visit, observe=visit.observe, boundary=visit.boundary):
                     yield
                 visit.finish()
+                self.fallbacks.update(visit.fallbacks)
+                self.warn(*visit.warnings)
                 figures.reused += visit.reused
                 figures.stored += visit.stored and visit.plan.group is not None
                 figures.blocks -= visit.skipped
         figures.blocks += len(state.blocks) if state else 0
 
-    def warn(self, text: str) -> None:
-        """Tell the user once."""
-        if text not in self.warnings:
-            self.warnings.append(text)
+    def warn(self, *texts: str) -> None:
+        """Tell the user, each thing once."""
+        self.warnings += [text for text in dict.fromkeys(texts) if text not in self.warnings]
 
     def close(self) -> None:
         """The run is over, however it ended: drop every tensor."""
@@ -210,8 +191,7 @@ class Session:
                 self.warn(str(error))
                 return None
             self.models[id(owner)] = state
-            for text in state.schedule.warnings:
-                self.warn(text)
+            self.warn(*state.schedule.warnings)
         return self.models[id(owner)]
 
     def _streams(self, owner: object, info: CallInfo) -> tuple[Hashable, ...]:
@@ -221,130 +201,6 @@ class Session:
             streams.append((*identity, self._occurrences[identity]))
             self._occurrences[identity] += 1
         return tuple(streams)
-
-
-class _Visit:
-    """One call: what is observed in it, stored from it, or injected into it."""
-
-    def __init__(
-        self, session: Session, state: ModelState, plan: Step, info: CallInfo, streams: tuple[Hashable, ...]
-    ) -> None:
-        self.session, self.state, self.plan, self.info, self.streams = session, state, plan, info, streams
-        self.reused = self.stored = False
-        self.skipped = 0
-        self.keys: tuple[StreamKey, ...] = ()
-        self.input: Feature | None = None
-        self.entries = 0
-        state.enter(plan.group, session.step)
-        if state.first_evaluation is None:
-            state.first_evaluation = session.evaluations
-        self.probing = state.first_evaluation == session.evaluations
-        self.flow = FlowCheck() if self.probing and state.family.verify else None
-        if not self.probing and not state.placed:
-            note = state.place(info)
-            if note:
-                session.warn(note)
-        self.record, self.boundary = plan.record, None
-        if plan.decision == REUSE and plan.boundary is not None:
-            self.record = (plan.boundary,)  # a compute forced inside a group stores
-            self.boundary = None if self.probing else plan.boundary
-        self.obstacle = obstacle = self._obstacle()
-        if obstacle and self.record:
-            session.fallbacks[obstacle] += 1
-            self.record, self.boundary = (), None
-        probed = range(len(state.blocks)) if self.flow else state.schedule.boundaries
-        self.observe = {*self.record, *(probed if self.probing else ())}
-
-    def at_input(self, feature: Feature | None) -> Feature | None:
-        self.entries += 1
-        if self.entries > 1:
-            self._break("its blocks run more than once in a call")
-        if feature is None or any(part is not None and part.shape[0] != self.info.rows for part in feature):
-            self._break("its blocks do not take one row per sample")
-            return None
-        if self.state.broken or not self.record:
-            return None
-        parts = tuple(part for part in feature if part is not None)
-        self.keys = tuple((stream, self.info.rows // len(self.streams), signature(parts)) for stream in self.streams)
-        try:
-            if self.boundary is not None:
-                base = self._in_layout_of(self.boundary, feature)
-                injected = self.state.cache.predict(self.keys, self.boundary, self.plan.group, self.session.sigma, base)
-                if not isinstance(injected, str):
-                    self.reused = True
-                    self.skipped = self.boundary + 1
-                    return injected
-                self.session.fallbacks[injected] += 1
-            if self.state.cache.forecast.anchored:
-                self.input = cloned(feature)
-        except torch.OutOfMemoryError:
-            self.session.fallbacks[NO_MEMORY] += 1
-            self.record = ()
-        return None
-
-    def at_output(self, index: int, passage: Passage) -> None:
-        state = self.state
-        if self.flow and not state.broken:
-            problem = self.flow.failure(index, passage)
-            if problem:
-                self._break(problem)
-        output = passage.returned
-        if index not in state.schedule.boundaries or state.broken:
-            return
-        if output is None or any(part is not None and part.shape[0] != self.info.rows for part in output):
-            self._break("its blocks do not return one row per sample")
-            return
-        if self.probing and not self.obstacle:
-            state.predicted_bytes += nbytes(output) * state.cache.keep
-        if index in self.record:
-            self._store(index, output)
-
-    def finish(self) -> None:
-        """The call went through."""
-        if self.entries == 0 and self.state.blocks[0].hook_key not in self.info.replaced:
-            self.session.fallbacks["the blocks did not run: something else answered the call"] += 1
-            self.skipped = len(self.state.blocks)
-            if self.probing and not self.state.predicted_bytes:
-                self.state.first_evaluation = None
-
-    def _store(self, index: int, output: Feature) -> None:
-        try:
-            base = None if self.input is None else self._in_layout_of(index, self.input)
-        except torch.OutOfMemoryError:
-            self.session.fallbacks[NO_MEMORY] += 1
-            return
-        rows = self.info.rows // len(self.streams)
-        for number, key in enumerate(self.keys):
-            def chunk(feature: Feature, start: int = number * rows) -> Feature:
-                return tuple(None if part is None else part.narrow(0, start, rows) for part in feature)
-
-            entry = Entry(self.session.step, self.plan.group, self.session.sigma, False, ())
-            reason = self.state.cache.store(key, index, entry, chunk(output), None if base is None else chunk(base))
-            if reason:
-                self.session.fallbacks[reason] += 1
-            else:
-                self.stored = True
-                if self.state.cache.forecast.anchored and not entry.anchored:
-                    self.session.warn("block 0's input does not fit the boundary block's output: forecast 'hold' is used")
-
-    def _in_layout_of(self, boundary: int, feature: Feature) -> Feature | None:
-        layout = self.state.blocks[boundary].to_boundary_layout
-        return layout(feature) if layout is not None and self.state.cache.forecast.anchored else None
-
-    def _obstacle(self) -> str | None:
-        if self.state.broken:
-            return f"the model cannot be accelerated: {self.state.broken}"
-        if not self.streams or self.info.rows % len(self.streams):
-            return "the host did not say which conditionings this call holds"
-        boundaries = {0, *self.state.schedule.boundaries} if self.plan.boundary is None else {0, self.plan.boundary}
-        for index in boundaries:
-            if self.state.blocks[index].hook_key in self.info.replaced:
-                return f"another node replaces block {index}"
-        return None
-
-    def _break(self, reason: str) -> None:
-        self.state.broken = reason
-        self.session.warn(f"this model cannot be accelerated: {reason}")
 
 
 def step_of(sigmas: Sequence[float], sigma: float, current: int) -> int:

@@ -25,7 +25,8 @@ from blockdance_core.forecast import FORECASTS
 from blockdance_core.host import notify
 from blockdance_core.host.levels import noise_levels
 from blockdance_core.report import run_record, summary
-from blockdance_core.session import CallInfo, Session
+from blockdance_core.session import Session
+from blockdance_core.visit import CallInfo
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from blockdance_core import families
 from blockdance_core.config import Config
-from blockdance_core.session import CallInfo, Session
+from blockdance_core.session import Session
+from blockdance_core.visit import CallInfo
 
 
 @every_case

@@ -1,0 +1,189 @@
+"""One model call inside a sampling run: whether it computes, caches or reuses, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from blockdance_core.families import FlowCheck
+from blockdance_core.interception import Feature, Passage, cloned, nbytes, signature
+from blockdance_core.schedule import REUSE, Step
+from blockdance_core.streams import NO_MEMORY, Entry, StreamKey
+
+if TYPE_CHECKING:
+    from blockdance_core.session import ModelState
+
+
+class CallInfo(NamedTuple):
+    """What the host says about one model call.
+
+    Attributes:
+        streams: Identity of each equal chunk of the batch, in batch order; empty where the host gives none.
+        rows: Rows of the whole batch.
+        device: Where the model runs.
+        replaced: The host's `patches_replace` keys in force.
+        condition: What else must not change between storing and reusing, such as the shapes of control residuals.
+        room: How many bytes may be stored on that device; asked at most once a run.
+    """
+
+    streams: tuple[Hashable, ...]
+    rows: int
+    device: torch.device
+    replaced: frozenset[object]
+    condition: Hashable
+    room: Callable[[], float]
+
+
+class Moment(NamedTuple):
+    """When a call happens: index of the executed step, number of the evaluation, and its noise level."""
+
+    step: int
+    evaluation: int
+    sigma: float
+
+
+class Visit:
+    """One call: what is observed in it, stored from it, or injected into it. The visitor of `intercept`.
+
+    Attributes:
+        observe: Blocks whose output must be seen if the call computes.
+        boundary: Last block to skip if the call reuses; None if it computes in any case.
+        reused: Whether a feature was injected.
+        stored: Whether a feature was stored.
+        skipped: Number of blocks that did not run.
+        fallbacks: Reasons why something planned was not done.
+        warnings: What the user should know.
+    """
+
+    def __init__(
+        self, state: ModelState, plan: Step, moment: Moment, info: CallInfo, streams: tuple[Hashable, ...]
+    ) -> None:
+        """Decide what the call may do; the decision falls at the input of block 0.
+
+        Args:
+            state: The executing model.
+            plan: The row of the schedule.
+            moment: When the call happens.
+            info: What the host says about it.
+            streams: One key for each equal chunk of the batch, in batch order.
+        """
+        self.state, self.plan, self.moment, self.info, self.streams = state, plan, moment, info, streams
+        self.reused = self.stored = False
+        self.skipped = 0
+        self.fallbacks: list[str] = []
+        self.warnings: list[str] = []
+        self.keys: tuple[StreamKey, ...] = ()
+        self.input: Feature | None = None
+        self.entries = 0
+        state.enter(plan.group, moment.step)
+        if state.first_evaluation is None:
+            state.first_evaluation = moment.evaluation
+        self.probing = state.first_evaluation == moment.evaluation
+        self.flow = FlowCheck() if self.probing and state.family.verify else None
+        if not self.probing and not state.placed:
+            self.warnings += state.place(info)
+        self.record, self.boundary = plan.record, None
+        if plan.decision == REUSE and plan.boundary is not None:
+            self.record = (plan.boundary,)  # a compute forced inside a group stores
+            self.boundary = None if self.probing else plan.boundary
+        self.obstacle = self._obstacle()
+        if self.obstacle and self.record:
+            self.fallbacks.append(self.obstacle)
+            self.record, self.boundary = (), None
+        probed = range(len(state.blocks)) if self.flow else state.schedule.boundaries
+        self.observe = {*self.record, *(probed if self.probing else ())}
+
+    def at_input(self, feature: Feature | None) -> Feature | None:
+        """The forecast if this call reuses; else keeps what storing will need, and None."""
+        self.entries += 1
+        if self.entries > 1:
+            self._break("its blocks run more than once in a call")
+        if feature is None or any(part is not None and part.shape[0] != self.info.rows for part in feature):
+            self._break("its blocks do not take one row per sample")
+            return None
+        if self.state.broken or not self.record:
+            return None
+        parts = tuple(part for part in feature if part is not None)
+        self.keys = tuple((stream, self.info.rows // len(self.streams), signature(parts)) for stream in self.streams)
+        try:
+            if self.boundary is not None:
+                base = self._in_layout_of(self.boundary, feature)
+                injected = self.state.cache.predict(self.keys, self.boundary, self.plan.group, self.moment.sigma, base)
+                if not isinstance(injected, str):
+                    self.reused = True
+                    self.skipped = self.boundary + 1
+                    return injected
+                self.fallbacks.append(injected)
+            if self.state.cache.forecast.anchored:
+                self.input = cloned(feature)
+        except torch.OutOfMemoryError:
+            self.fallbacks.append(NO_MEMORY)
+            self.record = ()
+        return None
+
+    def at_output(self, index: int, passage: Passage) -> None:
+        """Checks and measures on the first evaluation; stores where the plan wants it."""
+        state = self.state
+        if self.flow and not state.broken:
+            problem = self.flow.failure(index, passage)
+            if problem:
+                self._break(problem)
+        output = passage.returned
+        if index not in state.schedule.boundaries or state.broken:
+            return
+        if output is None or any(part is not None and part.shape[0] != self.info.rows for part in output):
+            self._break("its blocks do not return one row per sample")
+            return
+        if self.probing and not self.obstacle:
+            state.predicted_bytes += nbytes(output) * state.cache.keep
+        if index in self.record:
+            self._store(index, output)
+
+    def finish(self) -> None:
+        """The call went through."""
+        if self.entries == 0 and self.state.blocks[0].hook_key not in self.info.replaced:
+            self.fallbacks.append("the blocks did not run: something else answered the call")
+            self.skipped = len(self.state.blocks)
+            if self.probing and not self.state.predicted_bytes:
+                self.state.first_evaluation = None
+
+    def _store(self, index: int, output: Feature) -> None:
+        try:
+            base = None if self.input is None else self._in_layout_of(index, self.input)
+        except torch.OutOfMemoryError:
+            self.fallbacks.append(NO_MEMORY)
+            return
+        rows = self.info.rows // len(self.streams)
+        for number, key in enumerate(self.keys):
+            def chunk(feature: Feature, start: int = number * rows) -> Feature:
+                return tuple(None if part is None else part.narrow(0, start, rows) for part in feature)
+
+            entry = Entry(self.moment.step, self.plan.group, self.moment.sigma, False, ())
+            reason = self.state.cache.store(key, index, entry, chunk(output), None if base is None else chunk(base))
+            if reason:
+                self.fallbacks.append(reason)
+            else:
+                self.stored = True
+                if self.state.cache.forecast.anchored and not entry.anchored:
+                    self.warnings.append("block 0's input does not fit the boundary block's output: forecast 'hold' is used")
+
+    def _in_layout_of(self, boundary: int, feature: Feature) -> Feature | None:
+        layout = self.state.blocks[boundary].to_boundary_layout
+        return layout(feature) if layout is not None and self.state.cache.forecast.anchored else None
+
+    def _obstacle(self) -> str | None:
+        if self.state.broken:
+            return f"the model cannot be accelerated: {self.state.broken}"
+        if not self.streams or self.info.rows % len(self.streams):
+            return "the host did not say which conditionings this call holds"
+        boundaries = {0, *self.state.schedule.boundaries} if self.plan.boundary is None else {0, self.plan.boundary}
+        for index in boundaries:
+            if self.state.blocks[index].hook_key in self.info.replaced:
+                return f"another node replaces block {index}"
+        return None
+
+    def _break(self, reason: str) -> None:
+        self.state.broken = reason
+        self.warnings.append(f"this model cannot be accelerated: {reason}")
