@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from typing import Any
@@ -35,13 +36,13 @@ def boundary_bytes(case: Case, boundary: int, batch: int) -> int:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_stored_bytes_are_those_predicted_and_counted_by_hand(case: Case, batch: int) -> None:
     model = model_of(case)
-    for boundary in (1, case.depth - 1):
-        one = boundary_bytes(case, boundary, batch)
-        for forecast in FORECASTS:
-            accelerated = accelerate(model, forecast=forecast, boundary=boundary)
-            sample(accelerated, case, steps=STEPS, batch=batch)
-            run = last_run(accelerated)
-            assert run["cached_bytes"] == run["predicted_bytes"] == one * (2 if forecast == "taylor" else 1), forecast
+    boundary = 1 if batch == 1 else case.depth - 1
+    one = boundary_bytes(case, boundary, batch)
+    for forecast in FORECASTS:
+        accelerated = accelerate(model, forecast=forecast, boundary=boundary)
+        sample(accelerated, case, steps=STEPS, batch=batch)
+        run = last_run(accelerated)
+        assert run["cached_bytes"] == run["predicted_bytes"] == one * (2 if forecast == "taylor" else 1), forecast
 
 
 @pytest.mark.parametrize("how", ["finished", "interrupted", "failed"])
@@ -74,10 +75,8 @@ def test_no_tensor_and_no_session_stays_after_a_run(how: str, monkeypatch: pytes
     gc.collect()
     gc.disable()
     try:
-        try:
+        with contextlib.suppress(model_management.InterruptProcessingException, ZeroDivisionError):
             sample(accelerated, case, steps=STEPS, callback=stop)
-        except (model_management.InterruptProcessingException, ZeroDivisionError):
-            pass
         assert len(stored) > 4
         assert [reference() for reference in stored if reference() is not None] == []
         assert [reference() for reference in sessions] == [None], "a cycle keeps the session, and with it the model"
@@ -85,13 +84,13 @@ def test_no_tensor_and_no_session_stays_after_a_run(how: str, monkeypatch: pytes
         gc.enable()
 
 
-@every_case
+@pytest.mark.parametrize("case", [CASES[name] for name in ("sd3", "flux", "wan_vace", "undeclared")], ids=lambda c: c.name)
 def test_no_more_tensors_live_after_a_run_than_before(case: Case) -> None:
     accelerated = accelerate(model_of(case), forecast="taylor")
 
     def alive() -> int:
         gc.collect()
-        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
     sample(accelerated, case, steps=STEPS)
     before = alive()

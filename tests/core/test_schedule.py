@@ -79,7 +79,7 @@ def test_noise_level_window_of_a_shifted_schedule_holds_fewer_steps() -> None:
     levels = [(k / steps) ** shift for k in range(steps + 1)]
     plan = build(effective(window="noise_level"), levels, 0)
     assert plan.window == tuple(k for k in range(20) if 0.4 <= levels[k] < 0.95)
-    assert set(k for k, step in enumerate(plan.steps) if step.decision != "compute") <= set(plan.window)
+    assert {k for k, step in enumerate(plan.steps) if step.decision != "compute"} <= set(plan.window)
 
 
 @pytest.mark.parametrize("preset", ["auto", "paper"])

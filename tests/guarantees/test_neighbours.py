@@ -71,7 +71,9 @@ def test_a_replaced_first_or_boundary_block_computes_with_the_reason(
         assert run["blocks_run"] == [case.depth] * STEPS
 
 
-@pytest.mark.parametrize(("case", "block"), [(sd3, ("double_block", 2)), (flux, ("double_block", 1)), (sd3, ("double_block", 6))])
+@pytest.mark.parametrize(("case", "block"), [
+    (sd3, ("double_block", 2)), (flux, ("double_block", 1)), (sd3, ("double_block", 6)),
+])
 def test_a_replaced_block_between_or_behind_is_no_obstacle(case: Case, block: tuple[str, int]) -> None:
     patched = replacing(model_of(case), block, call_original=False)
     accelerated = accelerate(patched, boundary=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comfy.samplers import SAMPLER_NAMES
-from harness import STEPS, accelerate, assert_close, last_run, model_of, reused_steps
+from harness import STEPS, accelerate, assert_close, last_run, model_of, reused_steps, runs
 from tiny import CASES, Case, count_calls, sample, sample_custom
 
 SAMPLERS = ["euler", "dpmpp_2m", "dpmpp_2m_sde", "heun", "uni_pc", "ddim", "dpm_2", "dpm_adaptive", "euler_ancestral"]
@@ -89,9 +89,6 @@ def test_advanced_sampler_split_in_two_reuses_in_both_and_shares_nothing(preset:
         outputs.append(sample(accelerated, sd3, steps=24, start_step=14, latent=half, disable_noise=True,
                               force_full_denoise=True))
     assert torch.equal(*outputs)
-    first, second = last_run(accelerated), None
-    from harness import runs
-
     first, second = runs(accelerated)
     assert (first["steps"], second["steps"]) == (14, 10)
     assert second["decisions"][:2] != ["cache", "reuse"]
@@ -101,7 +98,9 @@ def test_advanced_sampler_split_in_two_reuses_in_both_and_shares_nothing(preset:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["sd3", "flux", "wan_t2v", "wan_i2v", "wan22_i2v", "wan22_ti2v", "wan_vace", "hunyuan_video_i2v"])
+@pytest.mark.parametrize("name", [
+    "sd3", "flux", "wan_t2v", "wan_i2v", "wan22_i2v", "wan22_ti2v", "wan_vace", "hunyuan_video_i2v",
+])
 def test_batch_times_image_to_video_reuses_every_row(name: str, batch: int) -> None:
     case = CASES[name]
     accelerated = accelerate(model_of(case), forecast="taylor")
