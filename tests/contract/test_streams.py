@@ -85,6 +85,18 @@ def test_area_conditioning_that_shares_a_uuid_across_cond_and_uncond_stays_apart
     with split_calls():
         split = sample(accelerated, case, steps=STEPS, conds=conds)
     assert_close(whole, split, 1e-3)
+    for at in (3, 4):  # the order of the regions differs between one call and several
+        context = split_calls()
+
+        def switch(step: int, *_: Any, at: int = at, context: Any = context) -> None:
+            if step == at - 1:
+                context.__enter__()
+            elif step == at:
+                context.__exit__(None, None, None)
+
+        mixed = accelerate(model, forecast="delta")
+        assert_close(whole, sample(mixed, case, steps=STEPS, conds=conds, callback=switch), 1e-3)
+        assert last_run(mixed)["reused_steps"] == 3
     run = last_run(accelerated)
     assert run["calls"][0] >= 4
     assert run["reused_calls"] == 3 * run["calls"][0]
@@ -178,3 +190,28 @@ def test_two_models_in_one_run_keep_their_features_apart() -> None:
     assert counts[-1] == 10
     assert distance(full, found) < 0.5 * distance(full, dual(model, model.clone(), case))
     assert torch.equal(dual(accelerated, other, case), found)
+
+
+def test_whatever_tells_two_streams_apart_is_in_their_key() -> None:
+    """Occurrence numbers hide most mix-ups; they shift where one of two guidance nodes ends or windows drift."""
+    from comfy.context_windows import IndexListContextWindow
+
+    from blockdance_core.host.attach import _streams
+
+    plain: dict[str, Any] = {"uuids": ["a"], "cond_or_uncond": [0]}
+    options = [
+        plain,
+        {**plain, "uuids": ["b"]},
+        {**plain, "cond_or_uncond": [1]},
+        {**plain, "context_window": IndexListContextWindow([0, 1, 2], dim=2, total_frames=9)},
+        {**plain, "context_window": IndexListContextWindow([1, 2, 3], dim=2, total_frames=9)},
+        {**plain, "patches": {"attn1_patch": [len]}},
+        {**plain, "patches_replace": {"dit": {("double_block", 2): len}}},
+        {**plain, "patches_replace": {"dit": {("double_block", 3): len}}},
+        {**plain, "patches_replace": {"attn1": {("middle", 0): len}}},
+    ]
+    assert len({_streams(option) for option in options}) == len(options)
+    assert _streams({**plain, "patches": {"attn1_patch": []}, "patches_replace": {"dit": {}}}) == _streams(plain)
+    assert _streams({"uuids": ["a", "b"], "cond_or_uncond": [1, 0]}) == (
+        *_streams({"uuids": ["a"], "cond_or_uncond": [1]}), *_streams({"uuids": ["b"], "cond_or_uncond": [0]}))
+    assert _streams({}) == ()
