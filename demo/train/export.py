@@ -90,7 +90,12 @@ def _plot(log: list[dict[str, str]], path: pathlib.Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(samples, [float(row["loss"]) for row in log], label="training (mean since the last point)")
     axes.plot(samples, [float(row["validation"]) for row in log], label="validation captions, averaged weights")
-    axes.set(xlabel="thousand samples", ylabel="velocity error, mean square", title=f"{path.stem}", yscale="log")
+    axes.set(
+        xlabel="thousand samples",
+        ylabel="velocity error, mean square",
+        title="training of " + path.stem.removesuffix("-loss"),
+        yscale="log",
+    )
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)

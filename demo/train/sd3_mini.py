@@ -234,7 +234,7 @@ class Run:
         kept = [p.detach().clone() for p in self.parameters]
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.ema)
-            validation = flow_loss(self.trainee, self.data(0, 63, 32 if self.step % 500 else 128, "validation")).item()
+            validation = flow_loss(self.trainee, self.data(0, 63, 128, "validation")).item()
             torch._foreach_copy_(self.parameters, kept)
         row = {
             "step": self.step,
