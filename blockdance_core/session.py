@@ -127,13 +127,16 @@ class Session:
         self.step, self.sigma = step, sigma
 
     @contextlib.contextmanager
-    def call(self, owner: object, diffusion_model: nn.Module, info: CallInfo) -> Iterator[None]:
+    def call(
+        self, owner: object, diffusion_model: nn.Module, device: torch.device, describe: Callable[[], CallInfo]
+    ) -> Iterator[None]:
         """Wraps one call of a model; the call made inside is observed, or shortened, as planned.
 
         Args:
             owner: The host's model object; streams of different owners never mix.
             diffusion_model: The transformer that will run.
-            info: What the host says about the call.
+            device: Where it runs.
+            describe: Gathers what the host says about the call; asked only where something is to be reused.
         """
         if not self.figures:
             yield
@@ -141,11 +144,11 @@ class Session:
         state = self._state(owner, diffusion_model)
         figures = self.figures[self.step]
         figures.calls += 1
-        with self.stopwatch.span(self.step, info.device):
+        with self.stopwatch.span(self.step, device):
             if state is None or not state.active:
                 yield
             else:
-                moment = Moment(self.step, self.evaluations, self.sigma)
+                info, moment = describe(), Moment(self.step, self.evaluations, self.sigma)
                 visit = Visit(state, state.schedule.steps[self.step], moment, info, self._streams(owner, info))
                 with intercept(state.blocks, visit, observe=visit.observe, boundary=visit.boundary):
                     yield

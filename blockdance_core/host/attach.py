@@ -179,16 +179,19 @@ def _apply_model(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
     if session is None:
         return executor(*args, **kwargs)
     x, timestep = args[0], args[1]
-    control = kwargs["control"] if "control" in kwargs else args[4] if len(args) > 4 else None
     if not session.evaluating:
         session.begin_evaluation(float(timestep.reshape(-1)[0]))
     model: BaseModel = executor.class_obj
-    info = CallInfo(
-        streams=_streams(options), rows=x.shape[0], device=x.device,
-        replaced=frozenset(options.get("patches_replace", {}).get("dit", {})),
-        condition=_control_shapes(control), room=lambda: _room(model, x),
-    )
-    with session.call(model, model.diffusion_model, info):
+
+    def describe() -> CallInfo:
+        control = kwargs["control"] if "control" in kwargs else args[4] if len(args) > 4 else None
+        return CallInfo(
+            streams=_streams(options), rows=x.shape[0], device=x.device,
+            replaced=frozenset(options.get("patches_replace", {}).get("dit", {})),
+            condition=_control_shapes(control), room=lambda: _room(model, x),
+        )
+
+    with session.call(model, model.diffusion_model, x.device, describe):
         return executor(*args, **kwargs)
 
 

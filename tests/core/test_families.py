@@ -158,7 +158,7 @@ def run(how: str, rows: int = 2, calls: int = 12) -> Session:
     x = torch.randn(2, 4, 8)
     for sigma in sigmas[:-1]:
         session.begin_evaluation(sigma)
-        with session.call(model, model, info):
+        with session.call(model, model, info.device, lambda: info):
             model(x)
     return session
 
@@ -218,7 +218,7 @@ def test_hunyuan_dit_has_long_skips_and_is_never_accelerated(controlled: bool) -
     info = CallInfo((("cond", 0),), 2, torch.device("cpu"), frozenset(), None, lambda: float("inf"))
     for sigma in sigmas[:-1]:
         session.begin_evaluation(sigma)
-        with session.call(model, model, info), torch.no_grad():
+        with session.call(model, model, info.device, lambda: info), torch.no_grad():
             model(torch.randn(2, 4, 16))
     assert sum(figures.reused for figures in session.figures) == 0
     assert "long skip" in session.warnings[0]
