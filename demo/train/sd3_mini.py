@@ -7,7 +7,7 @@ depend only on the seed, the step and the shard, so a run that was interrupted c
 
     export PYTHONPATH=.:$COMFYUI_PATH
     python -m demo.train.autoencoder --out RUN/ae
-    python -m demo.train.sd3_mini --out RUN --autoencoder RUN/ae --steps 8000      # again to resume
+    python -m demo.train.sd3_mini --out RUN --autoencoder RUN/ae --steps 4000 --decay 0.35   # again to resume
     python -m demo.train.export --run RUN
 
 On CPU use one worker per core: workers meet once a step, threads at every operation.
