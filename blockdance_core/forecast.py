@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Sequence
 
 _SIGMA_TOLERANCE = 1e-6
+_MAX_REACH = 8.0
+"""No extrapolation further than this many times the distance of the stored sigmas: off-grid samplers store close pairs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +39,14 @@ class Forecast:
         Returns:
             One weight per feature used, newest first; they sum to 1. Order 1 is
             r(sigma) = r1 + damping * (sigma - s1) / (s1 - s0) * (r1 - r0). Falls back to the newest feature alone where
-            there is no second one or its sigma is the same.
+            there is no second one, its sigma is the same, or `sigma` is too far beyond the two.
         """
         if self.order == 0 or len(stored_at) < 2 or abs(stored_at[0] - stored_at[1]) <= _SIGMA_TOLERANCE:
             return (1.0,)
-        slope = self.damping * (sigma - stored_at[0]) / (stored_at[0] - stored_at[1])
-        return (1.0 + slope, -slope)
+        reach = (sigma - stored_at[0]) / (stored_at[0] - stored_at[1])
+        if abs(reach) > _MAX_REACH:
+            return (1.0,)
+        return (1.0 + self.damping * reach, -self.damping * reach)
 
 
 FORECASTS = {

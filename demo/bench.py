@@ -14,6 +14,7 @@ import json
 import logging
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure there")
     options = parser.parse_args(arguments)
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from host import launcher
+
+    launcher.enter(*(() if torch.cuda.is_available() else ("--cpu",)))
     torch.set_num_threads(options.threads)
     logging.getLogger("blockdance_core").setLevel(logging.WARNING)
     result = measure(options)
@@ -63,11 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All runs and their summary, as JSON data."""
-    from demo.loader import load_demo
-
     from blockdance_core import metrics
     from blockdance_core.config import Config
     from blockdance_core.host.attach import attach, handle_of
+    from demo.loader import load_demo
 
     demo = load_demo(options.model)
     runner = _Runner(demo, options)
@@ -107,6 +111,7 @@ class _Runner:
 
     def latents(self, model: Any, number: int) -> torch.Tensor:
         import comfy.sample
+
         from demo.loader import captions, empty_latent
 
         latent = empty_latent(self.demo, self.options.batch)

@@ -27,19 +27,9 @@ def _enter_host() -> None:
     from host import launcher  # tests/host, a namespace package
 
     try:
-        sys.path.insert(0, str(launcher.host_path()))
+        launcher.enter("--cpu")
     except RuntimeError as error:
         raise pytest.UsageError(str(error)) from None
-    launcher.prepare()
-
-    arguments, sys.argv = sys.argv, ["x", "--cpu"]  # parsed when comfy.cli_args is first imported
-    try:
-        import comfy.options
-
-        comfy.options.enable_args_parsing()
-        import comfy.cli_args
-    finally:
-        sys.argv = arguments
 
 
 _enter_host()

@@ -36,3 +36,7 @@ def test_taylor_extrapolates_along_sigma(stored_at: list[float], sigma: float, e
 def test_damping_scales_the_extrapolated_part() -> None:
     assert Forecast(True, 1, 0.5).weights([0.6, 0.8], 0.4) == pytest.approx((1.5, -0.5))
     assert Forecast(True, 1, 0.0).weights([0.6, 0.8], 0.4) == pytest.approx((1.0, 0.0))
+
+
+def test_weights_far_beyond_two_close_sigmas_take_the_newest_alone() -> None:
+    assert Forecast(anchored=True, order=1).weights([0.5, 0.5001], 0.4) == (1.0,)

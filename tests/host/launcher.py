@@ -61,6 +61,24 @@ def host_path() -> Path:
     return path
 
 
+def enter(*arguments: str) -> None:
+    """Make the host importable in this process, as if it was started with these arguments; it comes first on the path.
+
+    Args:
+        arguments: The command line of main.py, such as `--cpu`; parsed when `comfy` is first imported, which is here.
+    """
+    sys.path.insert(0, str(host_path()))
+    prepare()
+    ours, sys.argv = sys.argv, ["main.py", *arguments]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.cli_args
+    finally:
+        sys.argv = ours
+
+
 def main(arguments: list[str]) -> None:
     """Run the host's main.py in this process.
 
