@@ -1,7 +1,8 @@
 """Measure speed on a demo model: accelerated and full runs paired in one process. ``python dev.py bench`` calls this.
 
-Every round runs the full model and each setting once, neighbours in time, on another prompt batch and seed. A cut is
-1 - accelerated DiT time / full DiT time of the same round; the table shows medians over the rounds.
+Every round takes another batch of prompts and another seed, and runs each setting right beside a full run of its own, in
+turns before and behind it. A cut is 1 - the DiT time of the one / that of the other; the table shows medians over the rounds.
+Full runs of fewer steps stand in the same table: a cache is worth having only above that line.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import itertools
+import functools
 import json
 import logging
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ class Setting:
     name: str
     preset: str
     group_size: int
+    steps: float = 1.0  # share of the full run's steps
 
 
 FULL = Setting("full", "custom", 1)
 SETTINGS = (
     Setting("paper N=2", "paper", 2), Setting("paper N=3", "paper", 3), Setting("paper N=4", "paper", 4),
-    Setting("auto N=2", "auto", 2), Setting("auto N=3", "auto", 3),
+    Setting("auto N=2", "auto", 2), Setting("auto N=3", "auto", 3), Setting("auto N=4", "auto", 4),
+    Setting("80% of steps", "custom", 1, 0.8), Setting("70% of steps", "custom", 1, 0.7),
 )
 
 
@@ -70,7 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All runs and their summary, as JSON data."""
     from blockdance_core import metrics
     from blockdance_core.config import Config
-    from blockdance_core.host.attach import attach, handle_of
+    from blockdance_core.host.attach import attach
     from demo.loader import load_demo
 
     demo = load_demo(options.model)
@@ -84,23 +87,30 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rounds: list[dict[str, Any]] = []
     for number in range(options.rounds):
         row: dict[str, Any] = {}
-        bare, full = runner.call_ms(demo.model, number), None
-        for setting, model in models.items():
-            latent = runner.latents(model, number)
-            pictures = demo.vae.decode(latent)
-            handle = handle_of(model)
-            assert handle is not None
-            run = handle.runs()[-1]
-            full = pictures if full is None else full
+        for setting in SETTINGS:
+            order = (FULL, setting) if number % 2 else (setting, FULL)
+            latents = {one: runner.latents(models[one], number, one.steps) for one in order}
+            run, full = (_last_run(models[one]) for one in (setting, FULL))
+            pictures, reference = (demo.vae.decode(latents[one]) for one in (setting, FULL))
             row[setting.name] = {
-                "dit_ms": sum(run["dit_ms"]), "reused_steps": run["reused_steps"], "cut_arithmetic": run["cut_arithmetic"],
-                "cut_by_block_time": _cut_by_block_time(run, shares),
+                "steps": run["steps"], "reused_steps": run["reused_steps"],
+                "dit_ms": sum(run["dit_ms"]), "full_dit_ms": sum(full["dit_ms"]),
+                "cut_arithmetic": 1 - run["steps"] / full["steps"] * (1 - run["cut_arithmetic"]),
+                "cut_by_block_time": 1 - run["steps"] / full["steps"] * (1 - _cut_by_block_time(run, shares)),
                 "cached_bytes": run["cached_bytes"], "predicted_bytes": run["predicted_bytes"],
-                "ssim": metrics.ssim(pictures, full).tolist(), "psnr": metrics.psnr(pictures, full).tolist(),
+                "ssim": metrics.ssim(pictures, reference).tolist(), "psnr": metrics.psnr(pictures, reference).tolist(),
             }
-        row["inactive"] = {"call_ms": runner.call_ms(models[FULL], number), "bare_call_ms": bare}
+        row["inactive_share"] = runner.own_share(models[FULL], number)
         rounds.append(row)
     return _summary(options, rounds, shares)
+
+
+def _last_run(model: Any) -> dict[str, Any]:
+    from blockdance_core.host.attach import handle_of
+
+    handle = handle_of(model)
+    assert handle is not None
+    return handle.runs()[-1]
 
 
 class _Runner:
@@ -109,7 +119,7 @@ class _Runner:
     def __init__(self, demo: Any, options: argparse.Namespace) -> None:
         self.demo, self.options = demo, options
 
-    def latents(self, model: Any, number: int) -> torch.Tensor:
+    def latents(self, model: Any, number: int, share: float = 1.0) -> torch.Tensor:
         import comfy.sample
 
         from demo.loader import captions, empty_latent
@@ -119,16 +129,20 @@ class _Runner:
         positive = self.demo.encode(captions(self.options.model, "validation", self.options.batch, seed=number))
         options = self.options
         return comfy.sample.sample(
-            model, noise, options.steps, options.cfg, options.sampler, options.scheduler, positive, self.demo.encode([""]),
+            model, noise, round(share * options.steps), options.cfg, options.sampler, options.scheduler, positive, self.demo.encode([""]),
             latent, disable_pbar=True, seed=number,
         )
 
-    def call_ms(self, model: Any, number: int) -> float:
-        """Median milliseconds between two evaluations of one run, whatever is wrapped around them."""
-        ticks: list[float] = []
-        with _watched(self.demo.model.model.diffusion_model, ticks):
-            self.latents(model, number)
-        return 1e3 * statistics.median(after - before for before, after in itertools.pairwise(ticks))
+    def own_share(self, model: Any, number: int) -> float:
+        """Time spent in this pack's own code during a run, as a share of the DiT time; inner calls are taken out."""
+        from blockdance_core.host.attach import KEY
+
+        own: list[float] = []
+        clone = model.clone()
+        for by_key in clone.wrappers.values():
+            by_key[KEY] = [functools.partial(_clocked, wrapper, own) for wrapper in by_key.get(KEY, ())]
+        self.latents(clone, number)
+        return 1e3 * sum(own) / sum(_last_run(clone)["dit_ms"])
 
     def block_shares(self) -> list[float]:
         """Share of the DiT's time that each block takes, from one full run."""
@@ -144,13 +158,27 @@ class _Runner:
         return [spent[block] / spent[diffusion_model] for block in blocks]
 
 
-@contextlib.contextmanager
-def _watched(module: nn.Module, ticks: list[float]) -> Iterator[None]:
-    hook = module.register_forward_pre_hook(lambda *_: ticks.append(time.perf_counter()))
+class _Inner:
+    """An executor that adds up the time spent beneath a wrapper."""
+
+    def __init__(self, executor: Any) -> None:
+        self.executor, self.class_obj, self.seconds = executor, executor.class_obj, 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        begun = time.perf_counter()
+        try:
+            return self.executor(*args, **kwargs)
+        finally:
+            self.seconds += time.perf_counter() - begun
+
+
+def _clocked(wrapper: Callable[..., Any], own: list[float], executor: Any, *args: Any, **kwargs: Any) -> Any:
+    inner = _Inner(executor)
+    begun = time.perf_counter()
     try:
-        yield
+        return wrapper(inner, *args, **kwargs)
     finally:
-        hook.remove()
+        own.append(time.perf_counter() - begun - inner.seconds)
 
 
 @contextlib.contextmanager
@@ -179,11 +207,11 @@ def _summary(options: argparse.Namespace, rounds: list[dict[str, Any]], shares: 
     runs = []
     for setting in SETTINGS:
         of = [row[setting.name] for row in rounds]
-        cuts = [1 - row[setting.name]["dit_ms"] / row["full"]["dit_ms"] for row in rounds]
+        cuts = [1 - figures["dit_ms"] / figures["full_dit_ms"] for figures in of]
         similarity = [value for figures in of for value in figures["ssim"]]
         decibel = [value for figures in of for value in figures["psnr"]]
         runs.append({
-            "setting": setting.name, "preset": setting.preset, "group_size": setting.group_size, "steps": options.steps,
+            "setting": setting.name, "preset": setting.preset, "group_size": setting.group_size, "steps": of[0]["steps"],
             "reused_steps": of[0]["reused_steps"], "dit_ms": statistics.median(figures["dit_ms"] for figures in of),
             "cut": statistics.median(cuts), "cut_arithmetic": of[0]["cut_arithmetic"],
             "cut_by_block_time": of[0]["cut_by_block_time"],
@@ -191,13 +219,14 @@ def _summary(options: argparse.Namespace, rounds: list[dict[str, Any]], shares: 
             "cached_bytes": of[0]["cached_bytes"], "predicted_bytes": of[0]["predicted_bytes"],
             "ssim": statistics.fmean(similarity), "psnr": statistics.fmean(decibel), "pictures": len(similarity),
         })
-    overheads = [row["inactive"]["call_ms"] / row["inactive"]["bare_call_ms"] - 1 for row in rounds]
     return {
         "command": "python dev.py bench", "model": options.model, "sampler": options.sampler, "scheduler": options.scheduler,
         "cfg": options.cfg, "batch": options.batch, "rounds": len(rounds), "threads": options.threads,
         "device": platform.processor() or platform.machine(), "torch": torch.__version__,
-        "baseline": {"steps": options.steps, "dit_ms": statistics.median(row["full"]["dit_ms"] for row in rounds)},
-        "runs": runs, "inactive_overhead": statistics.median(overheads), "block_shares": shares, "every_round": rounds,
+        "baseline": {"steps": options.steps, "dit_ms": statistics.median(
+            row[setting.name]["full_dit_ms"] for row in rounds for setting in SETTINGS)},
+        "runs": runs, "inactive_share": statistics.median(row["inactive_share"] for row in rounds),
+        "block_shares": shares, "every_round": rounds,
     }
 
 
@@ -206,16 +235,16 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']}, {result['baseline']['steps']} steps of {result['sampler']}, batch {result['batch']}, medians of "
         f"{result['rounds']} paired rounds; full run {result['baseline']['dit_ms']:.0f} ms of DiT time",
-        f"{'setting':<12}{'reused':>8}{'DiT ms':>9}{'cut':>8}{'arithmetic':>12}{'by block time':>15}{'SSIM':>8}{'PSNR':>7}"
+        f"{'setting':<14}{'reused':>8}{'DiT ms':>9}{'cut':>8}{'arithmetic':>12}{'by block time':>15}{'SSIM':>8}{'PSNR':>7}"
         f"{'stored':>12}{'predicted':>12}",
     ]
     for run in result["runs"]:
         lines.append(
-            f"{run['setting']:<12}{run['reused_steps']:>5}/{run['steps']:<2}{run['dit_ms']:>9.0f}{run['cut']:>8.1%}"
+            f"{run['setting']:<14}{run['reused_steps']:>5}/{run['steps']:<2}{run['dit_ms']:>9.0f}{run['cut']:>8.1%}"
             f"{run['cut_arithmetic']:>12.1%}{run['cut_by_block_time']:>15.1%}{run['ssim']:>8.4f}{run['psnr']:>7.1f}"
             f"{run['cached_bytes']:>12}{run['predicted_bytes']:>12}"
         )
-    lines.append(f"inactive (N = 1): {result['inactive_overhead']:+.2%} per evaluation")
+    lines.append(f"inactive (N = 1): this pack's own code takes {result['inactive_share']:.2%} of the DiT time")
     return "\n".join(lines)
 
 
