@@ -129,8 +129,8 @@ class _Runner:
         positive = self.demo.encode(captions(self.options.model, "validation", self.options.batch, seed=number))
         options = self.options
         return comfy.sample.sample(
-            model, noise, round(share * options.steps), options.cfg, options.sampler, options.scheduler, positive, self.demo.encode([""]),
-            latent, disable_pbar=True, seed=number,
+            model, noise, round(share * options.steps), options.cfg, options.sampler, options.scheduler,
+            positive, self.demo.encode([""]), latent, disable_pbar=True, seed=number,
         )
 
     def own_share(self, model: Any, number: int) -> float:
