@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import sys
-from types import ModuleType
 from typing import Any
 
 import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
@@ -17,13 +15,6 @@ from tiny import CASES, sample
 from torch import nn
 
 DEFAULTS: dict[str, Any] = {"enabled": True, "preset": "auto", "group_size": 2}
-
-
-@pytest.fixture(scope="module")
-def nodes(pack: ModuleType) -> dict[str, Any]:
-    extension = asyncio.run(pack.comfy_entrypoint())
-    found = asyncio.run(extension.get_node_list())
-    return {node.define_schema().node_id: node for node in found}
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,12 +17,6 @@ KEYS = {
 }
 PER_STEP = ("decisions", "boundary", "blocks_run", "dit_ms")
 sd3 = CASES["sd3"]
-
-
-@pytest.fixture(scope="module")
-def nodes(pack: ModuleType) -> dict[str, Any]:
-    extension = asyncio.run(pack.comfy_entrypoint())
-    return {node.define_schema().node_id: node for node in asyncio.run(extension.get_node_list())}
 
 
 def accelerated(nodes: dict[str, Any], **values: Any) -> Any:
