@@ -41,16 +41,15 @@ def demo(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> int
         args.json.absolute().parent.mkdir(parents=True, exist_ok=True)
         outputs += ["--json", str(args.json.absolute())]
     log = env.folder / "server.log"
-    with (
-        tempfile.TemporaryDirectory(prefix="run-", dir=env.folder, ignore_cleanup_errors=True) as base,
-        page(env, Path(base), args.port, log) as address,
-    ):
-        code = run_program(module(env, "demo.run", address, *outputs, *rest), env)
-        if code:
-            say(f"the demo did not finish; the server's log is {log}")
-        elif args.keep_open:
-            wait_at(address)
-        return code
+    # nested, not in parentheses: an old Python must be able to read this file, to be told that it is too old
+    with tempfile.TemporaryDirectory(prefix="run-", dir=env.folder, ignore_cleanup_errors=True) as base:  # noqa: SIM117
+        with page(env, Path(base), args.port, log) as address:
+            code = run_program(module(env, "demo.run", address, *outputs, *rest), env)
+            if code:
+                say(f"the demo did not finish; the server's log is {log}")
+            elif args.keep_open:
+                wait_at(address)
+            return code
 
 
 def serve(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -32,6 +32,7 @@ class StepFigures:
     reused: int = 0
     stored: int = 0
     blocks: int = 0
+    depth: int = 0
 
 
 class ModelState:
@@ -158,7 +159,9 @@ class Session:
                 figures.reused += visit.reused
                 figures.stored += visit.stored and visit.plan.group is not None
                 figures.blocks -= visit.skipped
-        figures.blocks += len(state.blocks) if state else 0
+        if state is not None:
+            figures.blocks += len(state.blocks)
+            figures.depth += len(state.blocks)
 
     def warn(self, *texts: str) -> None:
         """Tell the user, each thing once."""
@@ -194,6 +197,8 @@ class Session:
                 self.warn(str(error))
                 return None
             self.models[id(owner)] = state
+            if len(self.models) > 1:
+                self.warn("two models ran: window, boundary and settings are those of the first")
             self.warn(*state.schedule.warnings)
         return self.models[id(owner)]
 

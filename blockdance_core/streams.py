@@ -11,6 +11,7 @@ from torch import Tensor
 from blockdance_core.forecast import Forecast
 from blockdance_core.interception import Feature, nbytes
 
+OutOfMemoryError = torch.cuda.OutOfMemoryError  # the name that older releases of torch have, too
 StreamKey = Hashable
 """Tells one stream of evaluations from every other: model, conditioning, window, occurrence, patches, shape, device."""
 
@@ -84,13 +85,19 @@ class FeatureCache:
         bases = base if entry.anchored and base is not None else (None,) * len(output)
         try:
             entry.feature = tuple(self._kept(part, of) for part, of in zip(output, bases, strict=True))
-        except torch.OutOfMemoryError:
+        except OutOfMemoryError:
             return NO_MEMORY
         self._replace(key, boundary, [entry, *history])
         return None
 
     def predict(
-        self, keys: Sequence[StreamKey], boundary: int, group: int | None, sigma: float, current: Feature | None
+        self,
+        keys: Sequence[StreamKey],
+        boundary: int,
+        group: int | None,
+        sigma: float,
+        current: Feature | None,
+        device: torch.device | None = None,
     ) -> Feature | str:
         """Forecast the boundary feature of a whole batch.
 
@@ -100,6 +107,7 @@ class FeatureCache:
             group: The group of this step; a stream that stored nothing in it has no forecast.
             sigma: Noise level now.
             current: Input of block 0 now, all rows, in the layout of the boundary; None where that is not known.
+            device: Where the model runs; None for where the features are stored.
 
         Returns:
             New tensors [rows, tokens, width], or why there is no forecast.
@@ -115,32 +123,37 @@ class FeatureCache:
             chunks.append(list(zip(weights, alike, strict=False)))
         try:
             return tuple(
-                self._combined(index, chunks, current) for index in range(len(chunks[0][0][1].feature))
+                self._combined(index, chunks, current, device) for index in range(len(chunks[0][0][1].feature))
             )
-        except torch.OutOfMemoryError:
+        except OutOfMemoryError:
             return NO_MEMORY
 
     def _combined(
-        self, index: int, chunks: Sequence[Sequence[tuple[float, Entry]]], current: Feature | None
+        self,
+        index: int,
+        chunks: Sequence[Sequence[tuple[float, Entry]]],
+        current: Feature | None,
+        device: torch.device | None,
     ) -> Tensor | None:
         first = chunks[0][0][1].feature[index]
         if first is None:
             return None
         base = current[index] if current is not None else None
         rows = first.shape[0]
-        result = torch.empty(
-            (rows * len(chunks), *first.shape[1:]), dtype=first.dtype, device=first.device if base is None else base.device
-        )
+        result = torch.empty((rows * len(chunks), *first.shape[1:]), dtype=first.dtype, device=device or first.device)
         for number, chunk in enumerate(chunks):
             target = result.narrow(0, number * rows, rows)
-            if chunk[0][1].anchored and base is not None:
-                target.copy_(base.narrow(0, number * rows, rows))
-            else:
+            if base is None or not chunk[0][1].anchored:
                 target.zero_()
+            else:
+                target.copy_(base.narrow(0, number * rows, rows))
+            total = target.float()  # sums of half floats overflow or round on the way; float32 adds in place
             for weight, entry in chunk:
                 part = entry.feature[index]
                 if part is not None:
-                    target.add_(part.to(target.device), alpha=weight)
+                    total.add_(part.to(total.device), alpha=weight)
+            if total is not target:
+                target.copy_(_saturated(total, target.dtype))
         return result
 
     def drop_unseen(self, since_step: int) -> None:
@@ -169,7 +182,7 @@ class FeatureCache:
             return None
         device = self.device or part.device
         # Blocks and the host write into their tensors later on: what is stored must be a new tensor.
-        return part.to(device, copy=True) if base is None else (part - base).to(device)
+        return part.to(device, copy=True) if base is None else _saturated(part.float() - base.float(), part.dtype).to(device)
 
     def _replace(self, key: StreamKey, boundary: int, history: list[Entry]) -> None:
         before = self._entries.pop((key, boundary), [])
@@ -177,6 +190,14 @@ class FeatureCache:
             self._entries[key, boundary] = history
         self.stored_bytes += sum(nbytes(entry.feature) for entry in history) - sum(nbytes(entry.feature) for entry in before)
         self.peak_bytes = max(self.peak_bytes, self.stored_bytes)
+
+
+def _saturated(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` in `dtype`; what float16 cannot hold becomes its largest number, as the host does with its own features."""
+    if dtype == torch.float16:
+        limits = torch.finfo(dtype)
+        value = value.clamp(limits.min, limits.max)
+    return value.to(dtype)
 
 
 def _fits(part: Tensor | None, base: Tensor | None) -> bool:

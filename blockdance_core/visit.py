@@ -10,7 +10,7 @@ import torch
 from blockdance_core.families import FlowCheck
 from blockdance_core.interception import Feature, Passage, cloned, nbytes, signature
 from blockdance_core.schedule import REUSE, Step
-from blockdance_core.streams import NO_MEMORY, Entry, StreamKey
+from blockdance_core.streams import NO_MEMORY, Entry, OutOfMemoryError, StreamKey
 
 if TYPE_CHECKING:
     from blockdance_core.session import ModelState
@@ -110,7 +110,9 @@ class Visit:
         try:
             if self.boundary is not None:
                 base = self._in_layout_of(self.boundary, feature)
-                injected = self.state.cache.predict(self.keys, self.boundary, self.plan.group, self.moment.sigma, base)
+                injected = self.state.cache.predict(
+                    self.keys, self.boundary, self.plan.group, self.moment.sigma, base, self.info.device
+                )
                 if not isinstance(injected, str):
                     self.reused = True
                     self.skipped = self.boundary + 1
@@ -118,7 +120,7 @@ class Visit:
                 self.fallbacks.append(injected)
             if self.state.cache.forecast.anchored:
                 self.input = cloned(feature)
-        except torch.OutOfMemoryError:
+        except OutOfMemoryError:
             self.fallbacks.append(NO_MEMORY)
             self.record = ()
         return None
@@ -152,7 +154,7 @@ class Visit:
     def _store(self, index: int, output: Feature) -> None:
         try:
             base = None if self.input is None else self._in_layout_of(index, self.input)
-        except torch.OutOfMemoryError:
+        except OutOfMemoryError:
             self.fallbacks.append(NO_MEMORY)
             return
         rows = self.info.rows // len(self.streams)

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import platform
 import statistics
 import sys
@@ -62,10 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launcher.enter(*(() if torch.cuda.is_available() else ("--cpu",)))
     torch.set_num_threads(options.threads)
     logging.getLogger("blockdance_core").setLevel(logging.WARNING)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     result = measure(options)
     print(table(result))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        options.json.write_text(json.dumps(result, indent=1, allow_nan=False), encoding="utf-8")
     return 0
 
 
@@ -98,11 +101,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "cut_arithmetic": 1 - run["steps"] / full["steps"] * (1 - run["cut_arithmetic"]),
                 "cut_by_block_time": 1 - run["steps"] / full["steps"] * (1 - _cut_by_block_time(run, shares)),
                 "cached_bytes": run["cached_bytes"], "predicted_bytes": run["predicted_bytes"],
-                "ssim": metrics.ssim(pictures, reference).tolist(), "psnr": metrics.psnr(pictures, reference).tolist(),
+                "ssim": metrics.ssim(pictures, reference).tolist(), "psnr": _finite(metrics.psnr(pictures, reference)),
             }
         row["inactive_share"] = runner.own_share(models[FULL], number)
         rounds.append(row)
     return _summary(options, rounds, shares)
+
+
+def _finite(values: torch.Tensor) -> list[float | None]:
+    """Plain numbers; None for the infinite PSNR of equal pictures, which JSON cannot hold."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _last_run(model: Any) -> dict[str, Any]:
@@ -174,6 +182,8 @@ class _Inner:
 
 def _clocked(wrapper: Callable[..., Any], own: list[float], executor: Any, *args: Any, **kwargs: Any) -> Any:
     inner = _Inner(executor)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # else reading sigma would wait here for the work of the step before
     begun = time.perf_counter()
     try:
         return wrapper(inner, *args, **kwargs)
@@ -209,7 +219,7 @@ def _summary(options: argparse.Namespace, rounds: list[dict[str, Any]], shares: 
         of = [row[setting.name] for row in rounds]
         cuts = [1 - figures["dit_ms"] / figures["full_dit_ms"] for figures in of]
         similarity = [value for figures in of for value in figures["ssim"]]
-        decibel = [value for figures in of for value in figures["psnr"]]
+        decibel = [value for figures in of for value in figures["psnr"] if value is not None]
         runs.append({
             "setting": setting.name, "preset": setting.preset, "group_size": setting.group_size, "steps": of[0]["steps"],
             "reused_steps": of[0]["reused_steps"], "dit_ms": statistics.median(figures["dit_ms"] for figures in of),
@@ -217,7 +227,8 @@ def _summary(options: argparse.Namespace, rounds: list[dict[str, Any]], shares: 
             "cut_by_block_time": of[0]["cut_by_block_time"],
             "of_arithmetic": statistics.median(cuts) / of[0]["cut_arithmetic"] if of[0]["cut_arithmetic"] else None,
             "cached_bytes": of[0]["cached_bytes"], "predicted_bytes": of[0]["predicted_bytes"],
-            "ssim": statistics.fmean(similarity), "psnr": statistics.fmean(decibel), "pictures": len(similarity),
+            "ssim": statistics.fmean(similarity), "psnr": statistics.fmean(decibel) if decibel else None,
+            "pictures": len(similarity),
         })
     return {
         "command": "python dev.py bench", "model": options.model, "sampler": options.sampler, "scheduler": options.scheduler,
@@ -239,9 +250,10 @@ def table(result: dict[str, Any]) -> str:
         f"{'stored':>12}{'predicted':>12}",
     ]
     for run in result["runs"]:
+        psnr = "equal" if run["psnr"] is None else f"{run['psnr']:.1f}"
         lines.append(
             f"{run['setting']:<14}{run['reused_steps']:>5}/{run['steps']:<2}{run['dit_ms']:>9.0f}{run['cut']:>8.1%}"
-            f"{run['cut_arithmetic']:>12.1%}{run['cut_by_block_time']:>15.1%}{run['ssim']:>8.4f}{run['psnr']:>7.1f}"
+            f"{run['cut_arithmetic']:>12.1%}{run['cut_by_block_time']:>15.1%}{run['ssim']:>8.4f}{psnr:>7}"
             f"{run['cached_bytes']:>12}{run['predicted_bytes']:>12}"
         )
     lines.append(f"inactive (N = 1): this pack's own code takes {result['inactive_share']:.2%} of the DiT time")

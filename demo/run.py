@@ -268,7 +268,7 @@ def _progress(label: str) -> Progress:
 def summarise(rounds: Sequence[Round], floats: bool) -> dict[str, Any]:
     """The numbers of `--json`: the full run, and each setting against it.
 
-    Identical pictures have an infinite PSNR, which JSON cannot hold; it is null.
+    Identical pictures have an infinite PSNR, which no mean can hold: they are left out, and null stands where all are.
     """
     full_ms = statistics.median(runs[FULL].dit_ms for runs in rounds)
     if not full_ms > 0:
@@ -278,13 +278,14 @@ def summarise(rounds: Sequence[Round], floats: bool) -> dict[str, Any]:
         mine = [runs[setting] for runs in rounds]
         pairs = [(runs[setting].images, runs[FULL].images) for runs in rounds]
         dit_ms = statistics.median(run.dit_ms for run in mine)
-        psnr = torch.cat([metrics.psnr(a, b) for a, b in pairs]).mean().item()
+        decibel = torch.cat([metrics.psnr(a, b) for a, b in pairs])
+        psnr = decibel[decibel.isfinite()].mean().item()  # NaN where all are identical
         runs.append(
             {
                 "group_size": setting.group_size,
                 "forecast": setting.forecast,
                 "steps": mine[0].report["steps"],
-                "reused_steps": sum(d in ("reuse", "mixed") for d in mine[0].report["decisions"]),
+                "reused_steps": mine[0].report["reused_steps"],
                 "dit_ms": round(dit_ms, 3),
                 "cut": round(1 - dit_ms / full_ms, 4),
                 "ssim": round(torch.cat([metrics.ssim(a, b) for a, b in pairs]).mean().item(), 6),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import errno
 import hashlib
@@ -528,3 +529,9 @@ def test_decode_exr_is_exact_and_png_is_eight_bit(run: ModuleType) -> None:
     png = io.BytesIO()
     Image.fromarray((picture.numpy() * 255).round().astype(np.uint8)).save(png, "png")
     assert (run.decode("x.png", png.getvalue()) - picture).abs().max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("path", ["dev.py", "tests/host/environment.py", "tests/host/server.py"])
+def test_an_old_python_can_read_the_file_that_says_it_is_too_old(path: str) -> None:
+    source = (Path(__file__).resolve().parents[1] / path).read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 8))

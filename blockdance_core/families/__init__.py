@@ -61,5 +61,5 @@ def find(diffusion_model: nn.Module) -> Match:
         blocks = family.blocks(model)
         if len(blocks) > 1:
             return Match(family, blocks)
-    family = undeclared(model)
+    family = undeclared(model, sorted({section.path for family in declared() for section in family.sections}))
     return Match(family, family.blocks(model))

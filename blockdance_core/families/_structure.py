@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,12 @@ _UNET_LISTS = (("input_blocks", "output_blocks"), ("down_blocks", "up_blocks"))
 _ADVICE = "See docs/adding-a-model.md."
 
 
-def undeclared(model: nn.Module) -> Family:
+def undeclared(model: nn.Module, paths: Sequence[str] = ()) -> Family:
     """A family for a model of unknown class with one plain list of like blocks, such as a third party's DiT.
 
     Args:
         model: The diffusion model.
+        paths: Lists that the declared families were looked for by; named in the error.
 
     Raises:
         UnsupportedModelError: It is a U-Net, or there is no such list, or more than one.
@@ -42,9 +43,10 @@ def undeclared(model: nn.Module) -> Family:
                   if not any(path.startswith(f"{outer}.") for outer in candidates)}
     if not candidates:
         children = ", ".join(child for child, _ in model.named_children()) or "none"
+        looked_for = ", ".join(paths) or "none by name"
         raise UnsupportedModelError(
-            f"No block list found in {name} (children: {children}). Supported: a list of {_MIN_BLOCKS} or more like "
-            f"blocks that holds most of the model, or a declared family. {_ADVICE}"
+            f"No block list found in {name} (children: {children}; looked for {looked_for}). Supported: a list of "
+            f"{_MIN_BLOCKS} or more like blocks that holds most of the model, or a declared family. {_ADVICE}"
         )
     if len(candidates) > 1 or max(candidates.values()) < _MIN_SHARE * total:
         raise UnsupportedModelError(

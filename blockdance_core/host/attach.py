@@ -154,8 +154,10 @@ def _announced_bytes(handle: Handle, model: ModelPatcher, noise_shape: Sequence[
     """Estimate of the bytes to be stored on the model's device, before anything is known of the tokens."""
     if not handle.config.active or handle.config.cache_device == "cpu" or model_management.is_device_cpu(model.load_device):
         return 0
-    tokens = math.prod(noise_shape[2:]) // 4 + _TEXT_TOKENS
-    element = torch.empty((), dtype=model.model.get_dtype_inference()).element_size()
+    patch = getattr(model.get_model_object("diffusion_model"), "patch_size", None) or 2
+    per_token = math.prod(patch) if isinstance(patch, (tuple, list)) else int(patch) ** 2
+    tokens = math.prod(noise_shape[2:]) // per_token + _TEXT_TOKENS
+    element = model.model.get_dtype_inference().itemsize
     return 2 * noise_shape[0] * tokens * handle.width * element * (FORECASTS[handle.effective.forecast].order + 1)
 
 

@@ -62,7 +62,7 @@ def likes(count: int) -> nn.ModuleList:
 
 @pytest.mark.parametrize(("model", "message"), [
     (lists(), r"children: none"),
-    (lists(head=nn.Linear(2, 2), blocks=likes(3)), r"No block list found in Module \(children: head, blocks\)"),
+    (lists(head=nn.Linear(2, 2), blocks=likes(3)), r"\(children: head, blocks; looked for blocks, double_blocks, joint_blocks"),
     (lists(head=nn.Linear(64, 64), blocks=likes(4)), "No block list|ambiguous"),
     (lists(blocks=nn.ModuleList([Like(), Other(), Like(), Like()])), "No block list"),
     (lists(first=likes(4), second=likes(4)), r"ambiguous \(first, second\)"),

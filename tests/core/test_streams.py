@@ -215,3 +215,17 @@ def test_output_of_another_precision_than_the_input_keeps_its_own() -> None:
 
 def test_module_keeps_no_state() -> None:
     assert not [name for name, item in vars(streams).items() if isinstance(item, (dict, list, set)) and name[0] != "_"]
+
+
+def test_forecast_in_half_precision_saturates_where_float16_ends() -> None:
+    into = cache("taylor", 2)
+    shape = (1, 2, 3)
+    for step, (sigma, output) in enumerate(((0.8, 60000.0), (0.6, 64000.0))):
+        feature = (torch.full(shape, output, dtype=torch.float16),)
+        base = (torch.full(shape, -60000.0, dtype=torch.float16),)
+        assert into.store("a", 2, Entry(step, 0, sigma, False, ()), feature, base) is None
+    found = into.predict(("a",), 2, 0, 0.2, (torch.full(shape, 65000.0, dtype=torch.float16),))
+    assert not isinstance(found, str)
+    assert found[0] is not None
+    assert found[0].dtype == torch.float16
+    assert torch.isfinite(found[0]).all()
