@@ -419,6 +419,7 @@ def run() -> ModuleType:
 def a_run(run: ModuleType, images: torch.Tensor, dit_ms: list[float | None], decisions: str = "c") -> Any:
     names = {"c": "compute", "k": "cache", "r": "reuse", "m": "mixed"}
     report = {"steps": len(decisions), "decisions": [names[d] for d in decisions], "dit_ms": dit_ms}
+    report["reused_steps"] = report["decisions"].count("reuse")
     return run.Run(report, images)
 
 
