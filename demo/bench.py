@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scheduler", default="simple")
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--batch", type=int, default=4, help="pictures per run")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure there")
     options = parser.parse_args(arguments)
