@@ -102,7 +102,8 @@ def unet() -> ModelPatcher:
 
 @pytest.mark.parametrize(("make", "said"), [
     (unet, "U-Net"),
-    (lambda: wrapped(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), "No block list found in Sequential (children: 0, 1; looked for blocks, "),
+    (lambda: wrapped(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))),
+     "No block list found in Sequential (children: 0, 1; looked for blocks, "),
     (lambda: wrapped(nn.Identity()), "children: none"),
 ], ids=["unet", "unknown", "empty"])
 def test_a_model_that_cannot_be_accelerated_passes_through_untouched_and_says_so(
