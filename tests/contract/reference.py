@@ -6,15 +6,14 @@ Own hooks, own step counting (the sampler's callback), own groups. Only for samp
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from comfy.model_patcher import ModelPatcher
 from tiny import Case
+from tiny.case import Tokens
 from torch import Tensor, nn
-
-Tokens = tuple["Tensor | None", ...]
 
 
 def plan(steps: int, start: float, end: float, group_size: int) -> dict[int, int]:
@@ -22,15 +21,6 @@ def plan(steps: int, start: float, end: float, group_size: int) -> dict[int, int
     inside = [k for k in range(steps) if start - 1e-9 <= k / steps < end - 1e-9 and k != steps - 1]
     return {k: inside[0] + (k - inside[0]) // group_size * group_size
             for k in inside if (k - inside[0]) % group_size}
-
-
-def entering(case: Case, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tokens:
-    """What flows into block 0, in the order in which the block returns it."""
-    if case.lists == ("joint_blocks",):
-        return arguments[0], arguments[1]  # (context, x)
-    if case.lists[0] == "double_blocks":
-        return keywords["img"], keywords["txt"]
-    return (arguments[0],)
 
 
 class Reference:
@@ -45,7 +35,9 @@ class Reference:
         self.calls = 0  # in this step
         self.control = False
         self.start: Tokens = ()
-        self.full: dict[tuple[int, bool], dict[int, tuple[Tokens, Tokens]]] = {}
+        self.full: dict[tuple[int, int, bool], dict[int, tuple[Tokens, Tokens]]] = {}
+        skips = [early for early, late in case.skips if early < boundary < late]
+        self.taps = [*skips, boundary]  # a block behind the boundary takes the output of each of them
         self.replaced: list[int] = []
 
     def callback(self, step: int, *_: Any) -> None:
@@ -60,7 +52,7 @@ class Reference:
         handles = [
             diffusion_model.register_forward_pre_hook(self._call, with_kwargs=True),
             blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True),
-            blocks[self.boundary].register_forward_hook(self._leave),
+            *(blocks[tap].register_forward_hook(functools.partial(self._leave, tap)) for tap in self.taps),
         ]
         try:
             yield
@@ -74,24 +66,23 @@ class Reference:
         self.control = control is not None
 
     def _enter(self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self.start = tuple(None if t is None else t.clone() for t in entering(self.case, arguments, keywords))
+        self.start = tuple(None if t is None else t.clone() for t in self.case.entering(arguments, keywords))
 
-    def _leave(self, _: nn.Module, __: Any, output: Any) -> Any:
-        now = output if isinstance(output, tuple) else (output,)
-        start = self.start
-        if len(start) == 2 and len(now) == 1:  # the single blocks of Flux and its relatives: text first
-            start = (torch.cat([start[1], start[0]], 1),)
-        full = self.full.setdefault((self.calls, self.control), {})
+    def _leave(self, tap: int, _: nn.Module, __: Any, output: Any) -> Any:
+        now = output[: len(self.start)] if isinstance(output, tuple) else (output,)
+        start = self.start if len(self.start) == len(now) else self.case.joining(self.start)
+        full = self.full.setdefault((tap, self.calls, self.control), {})
         first = self.reuse.get(self.step)
         fresh = [k for k in full if first is not None and k >= first]
         if not fresh:
             full[self.step] = (start, tuple(None if t is None else t.clone() for t in now))
             return None
-        self.replaced.append(self.step)
+        if tap == self.boundary:
+            self.replaced.append(self.step)
         predicted = tuple(
             None if tensor is None else self._predict(full, part, start[part]) for part, tensor in enumerate(now)
         )
-        return predicted if isinstance(output, tuple) else predicted[0]
+        return (*predicted, *output[len(predicted):]) if isinstance(output, tuple) else predicted[0]
 
     def _predict(self, full: dict[int, tuple[Tokens, Tokens]], part: int, start: Tensor | None) -> Tensor:
         def change(step: int) -> Tensor:

@@ -16,6 +16,26 @@ from torch import Tensor, nn
 
 Conditioning = list[list[Any]]  # comfy's format: [[text [1, L, C], {"pooled_output": ..., ...}], ...]
 Extras = Callable[[Callable[..., Tensor], int], dict[str, Any]]
+Tokens = tuple["Tensor | None", ...]
+Entering = Callable[[tuple[Any, ...], dict[str, Any]], Tokens]
+
+
+def first_argument(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tokens:
+    """What flows into a block that takes and returns one tensor, its first argument."""
+    return (arguments[0],)
+
+
+def image_and_text(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tokens:
+    """What flows into a double block that is called with `img=` and `txt=`, and returns them in this order."""
+    return keywords["img"], keywords["txt"]
+
+
+def text_first(tokens: Tokens) -> Tokens:
+    """(image, text) of a double block -> the one sequence of the single blocks, text before image."""
+    image, text = tokens
+    assert image is not None
+    assert text is not None
+    return (torch.cat([text, image], 1),)
 
 
 @dataclass(frozen=True)
@@ -28,7 +48,7 @@ class Case:
         make: Builds the host's BaseModel in fp32 with unset weights.
         latent_shape: Shape of one latent without the batch, `[C, H, W]` or `[C, T, H, W]`.
         patch: Patch size along the latent's spatial (and temporal) dimensions.
-        lists: Attribute names of the block lists, in execution order.
+        lists: Attribute paths of the block lists (or dicts), in execution order.
         depth: Number of blocks in all lists.
         width: Channels of the token stream.
         text: Shape `[L, C]` of one text, or None where the condition is a class label.
@@ -37,6 +57,14 @@ class Case:
         control: Keys of the control residuals, one per block list, or None where the family takes no control.
         input_gain: Factor of the patch embedding. Noise-predicting models need a small one: random weights do not
             denoise, so their input grows as sigma falls, and would drown what the blocks add.
+        entering: What flows into block 0, from its positional and keyword arguments, in the order in which the block
+            returns it. Stated here by hand: it must not come from the family's record, which it tests.
+        joining: What entered the blocks of the first list, in the layout of the second list.
+        skips: Long skip connections: pairs (block, later block that takes its output, too).
+        max_batch: Most samples the host's own code takes in one run.
+        together: Whether the host runs positive and negative conditioning in one call.
+        classes: Names of the host classes that have to exist (`comfy.supported_models`), else the case is left out:
+            older releases of the host do not have every model.
     """
 
     name: str
@@ -52,6 +80,12 @@ class Case:
     noise_mask: Callable[[int], Tensor] | None = None
     control: tuple[str, ...] | None = None
     input_gain: float = 1.0
+    entering: Entering = first_argument
+    joining: Callable[[Tokens], Tokens] = text_first
+    skips: tuple[tuple[int, int], ...] = ()
+    max_batch: int = 8
+    together: bool = True
+    classes: tuple[str, ...] = ()
 
     def build(self, seed: int = 0) -> ModelPatcher:
         """A fresh model on the CPU; equal seeds give equal weights."""
@@ -63,7 +97,12 @@ class Case:
 
     def blocks(self, diffusion_model: nn.Module) -> list[nn.Module]:
         """Every block in execution order."""
-        return [block for name in self.lists for block in getattr(diffusion_model, name)]
+        lists = [diffusion_model.get_submodule(path) for path in self.lists]
+        return [block for blocks in lists for block in blocks.children()]
+
+    def calls(self, different_lengths: bool = False) -> int:
+        """Model calls of one evaluation with positive and negative conditioning."""
+        return 2 if not self.together or (different_lengths and self.text is not None) else 1
 
     def latent(self, batch: int = 1, seed: int = 0) -> Tensor:
         """A normal latent `[batch, *latent_shape]`."""

@@ -8,7 +8,7 @@ from typing import Any
 import comfy.model_base
 import comfy.supported_models as models
 
-from .case import Case, Extras, from_config
+from tiny.case import Case, Extras, from_config, image_and_text
 
 TEXT = (8, 32)
 
@@ -65,6 +65,7 @@ def _sd3_case(name: str, **extra: Any) -> Case:
         text=TEXT,
         extras=lambda draw, batch: {"pooled_output": draw("pooled", 1, 16)},
         control=("output",),
+        entering=lambda args, kwargs: (args[0], args[1]),  # (context, x)
     )
 
 
@@ -102,6 +103,7 @@ def _flux_case(
         text=TEXT,
         extras=extras,
         control=("input", "output"),
+        entering=image_and_text,
     )
 
 

@@ -11,7 +11,7 @@ import comfy.supported_models_base
 import torch
 from torch import Tensor, nn
 
-from .case import Case
+from tiny.case import Case
 
 
 class _Block(nn.Module):

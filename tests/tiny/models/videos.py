@@ -11,7 +11,7 @@ import comfy.supported_models as models
 import torch
 from torch import Tensor
 
-from .case import Case, Extras, from_config
+from tiny.case import Case, Extras, from_config, image_and_text
 
 TEXT = (8, 32)
 CLIP_TOKENS = 5  # 257 in a real CLIP vision output; the width of 1280 is fixed in the host (wan/model.py, MLPProj)
@@ -94,6 +94,7 @@ def _hunyuan_case(name: str, make: Callable[[], comfy.model_base.BaseModel], ext
         text=TEXT,
         extras=extras,
         control=("input", "output"),
+        entering=image_and_text,
     )
 
 

@@ -1,0 +1,1 @@
+"""One module per kind of model; each defines `CASES`, found by itself."""
