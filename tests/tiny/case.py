@@ -153,8 +153,10 @@ def normal(shape: tuple[int, ...] | torch.Size, name: str, seed: int) -> Tensor:
 def initialise(module: nn.Module, seed: int) -> None:
     """Draw every weight so that the signal keeps its scale and no gate and no output layer is zero.
 
-    The host allocates weights without setting them, to be filled from a checkpoint.
+    The host allocates weights without setting them, to be filled from a checkpoint. Older releases leave gradients on,
+    as their server runs every node in inference mode.
     """
+    module.requires_grad_(False)
     for name, value in module.state_dict().items():
         if not value.is_floating_point():
             continue
