@@ -63,8 +63,11 @@ class Case:
         skips: Long skip connections: pairs (block, later block that takes its output, too).
         max_batch: Most samples the host's own code takes in one run.
         together: Whether the host runs positive and negative conditioning in one call.
+        separable: Whether the rows of a call can be told apart inside the blocks.
         classes: Names of the host classes that have to exist (`comfy.supported_models`), else the case is left out:
             older releases of the host do not have every model.
+        parts: Shapes of the latents, each without the batch, that the host carries in one nested tensor. Empty for a
+            plain one. The tests see them packed as the host does it: `latent_shape` is then `[1, sum of all sizes]`.
     """
 
     name: str
@@ -85,7 +88,9 @@ class Case:
     skips: tuple[tuple[int, int], ...] = ()
     max_batch: int = 8
     together: bool = True
+    separable: bool = True
     classes: tuple[str, ...] = ()
+    parts: tuple[tuple[int, ...], ...] = ()
 
     def build(self, seed: int = 0) -> ModelPatcher:
         """A fresh model on the CPU; equal seeds give equal weights."""
@@ -99,6 +104,10 @@ class Case:
         """Every block in execution order."""
         lists = [diffusion_model.get_submodule(path) for path in self.lists]
         return [block for blocks in lists for block in blocks.children()]
+
+    def rows(self, batch: int) -> int:
+        """`batch`, or as many samples as the host's code takes."""
+        return min(batch, self.max_batch)
 
     def calls(self, different_lengths: bool = False) -> int:
         """Model calls of one evaluation with positive and negative conditioning."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import comfy.sample
 import comfy.samplers
+import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
@@ -68,27 +69,28 @@ def sample(
     positive, negative = conds or case.conds(model, batch, seed, different_lengths)
     if control is not None:
         positive, negative = with_control(control, positive), with_control(control, negative)
-    noise = torch.zeros_like(latent) if disable_noise else comfy.sample.prepare_noise(latent, seed)
-    return comfy.sample.sample(
+    noise = torch.zeros_like(latent) if disable_noise else _noise(case, latent, seed)
+    sampled = comfy.sample.sample(
         model,
-        noise,
+        _unpacked(case, noise),
         steps,
         cfg,
         sampler,
         scheduler,
         positive,
         negative,
-        latent,
+        _unpacked(case, latent),
         denoise=denoise,
         disable_noise=disable_noise,
         start_step=start_step,
         last_step=last_step,
         force_full_denoise=force_full_denoise,
         noise_mask=None if case.noise_mask is None else case.noise_mask(batch),
-        callback=callback,
+        callback=_packing(callback),
         disable_pbar=True,
         seed=seed,
     )
+    return _packed(sampled)
 
 
 def sample_custom(
@@ -142,16 +144,17 @@ def sample_custom(
         guide.set_cfg(cfg)
     if sigmas is None:
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
-    return guide.sample(
-        comfy.sample.prepare_noise(latent, seed),
-        latent,
+    sampled = guide.sample(
+        _unpacked(case, _noise(case, latent, seed)),
+        _unpacked(case, latent),
         comfy.samplers.sampler_object(sampler),
         sigmas,
         denoise_mask=None if case.noise_mask is None else case.noise_mask(batch),
-        callback=callback,
+        callback=_packing(callback),
         disable_pbar=True,
         seed=seed,
     )
+    return _packed(sampled)
 
 
 @contextmanager
@@ -225,6 +228,29 @@ def record_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[list[Any]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _noise(case: Case, latent: Tensor, seed: int) -> Tensor:
+    return _packed(comfy.sample.prepare_noise(_unpacked(case, latent), seed))
+
+
+def _unpacked(case: Case, latent: Tensor) -> Any:
+    """What the host takes: a nested tensor if the case has parts, else the latent itself."""
+    if not case.parts:
+        return latent
+    from comfy.nested_tensor import NestedTensor  # older releases of the host do not have it
+
+    return NestedTensor(comfy.utils.unpack_latents(latent, [(len(latent), *part) for part in case.parts]))
+
+
+def _packed(latent: Any) -> Tensor:
+    return comfy.utils.pack_latents(latent.unbind())[0] if getattr(latent, "is_nested", False) else latent
+
+
+def _packing(callback: Callback | None) -> Callback | None:
+    if callback is None:
+        return None
+    return lambda step, denoised, x, steps: callback(step, _packed(denoised), _packed(x), steps)
 
 
 def _copy(value: Any) -> Any:
