@@ -10,21 +10,41 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 Feature = tuple["Tensor | None", ...]
-"""What flows from block to block, in the order the block returns it; for example (text, image) tokens [B, N, D]."""
+"""What flows from block to block, in the order the block returns it; for example (text, image) tokens [B, N, D].
+
+Inside this pack dimension 0 of every component is the sample; a model that has the samples elsewhere is turned around
+where a block receives and returns.
+"""
+_MISSING = object()
 
 
 class Port(NamedTuple):
-    """Where a block receives one component of the feature: parameter name and position."""
+    """Where a block receives one component of the feature.
+
+    Attributes:
+        name: Parameter of the block's forward.
+        position: Its position, without `self`.
+        item: Index inside the argument, where that is a tuple of several components.
+    """
 
     name: str
     position: int
+    item: int | None = None
+
+    def value(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a call of the block hands over here, or `_MISSING`."""
+        value = kwargs.get(self.name, args[self.position] if self.position < len(args) else _MISSING)
+        if self.item is None or value is _MISSING:
+            return value
+        return value[self.item] if isinstance(value, (tuple, list)) and self.item < len(value) else _MISSING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,34 +56,65 @@ class Block:
         ports: Where it receives the feature, in the order in which it returns it. A single port means a bare tensor.
         hook_key: The host's `patches_replace` key for this block, if it has one.
         to_boundary_layout: Maps a feature of block 0 to the layout of this block; None where that is not known.
+        batch_dim: Dimension of the samples; None where they cannot be told apart: then all count as one.
+        passed_on: What it returns behind the feature: a port whose argument it hands on, or None for nothing.
+        feeds: Index of a later block that takes this block's output as well (a long skip connection).
+        obstacle: Why a call with these keyword arguments has to run every block, or None. Asked at block 0.
     """
 
     module: nn.Module
     ports: tuple[Port, ...]
     hook_key: tuple[str, int] | None = None
     to_boundary_layout: Callable[[Feature], Feature] | None = lambda feature: feature
+    batch_dim: int | None = 0
+    passed_on: tuple[Port | None, ...] = ()
+    feeds: int | None = None
+    obstacle: Callable[[Mapping[str, Any]], str | None] | None = None
 
-    def received(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Feature | None:
+    def received(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Feature | None:
         """The feature in the arguments of a call, or None if they are not of the declared form."""
-        values: list[Any] = []
-        for port in self.ports:
-            if port.name not in kwargs and port.position >= len(args):
-                return None
-            values.append(kwargs[port.name] if port.name in kwargs else args[port.position])
-        return tuple(values) if _is_feature(values) else None
+        return self._feature([port.value(args, kwargs) for port in self.ports])
 
     def returned(self, value: object) -> Feature | None:
         """The feature in a return value, or None if it is not of the declared form."""
-        feature = (value,) if len(self.ports) == 1 else value
-        return feature if isinstance(feature, tuple) and len(feature) == len(self.ports) and _is_feature(feature) else None
+        parts = (value,) if self._bare else value
+        if not isinstance(parts, tuple) or len(parts) != len(self.ports) + len(self.passed_on):
+            return None
+        return self._feature(parts[: len(self.ports)])
 
-    def to_return(self, feature: Feature) -> object:
-        """The return value that carries `feature`."""
-        return feature[0] if len(self.ports) == 1 else feature
+    def to_return(self, feature: Feature, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> object:
+        """The return value that carries `feature`, in a call with these arguments."""
+        parts = tuple(None if part is None else self._samples_back(part) for part in feature)
+        return parts[0] if self._bare else (
+            *parts, *(None if port is None else port.value(args, kwargs or {}) for port in self.passed_on)
+        )
+
+    @property
+    def _bare(self) -> bool:
+        return len(self.ports) == 1 and not self.passed_on
+
+    def _feature(self, values: Sequence[object]) -> Feature | None:
+        parts: list[Tensor | None] = []
+        for value in values:
+            if value is not None and not (isinstance(value, Tensor) and value.ndim > (self.batch_dim or 0)):
+                return None
+            parts.append(None if value is None else self._samples_first(value))
+        return tuple(parts)
+
+    def _samples_first(self, part: Tensor) -> Tensor:
+        if self.batch_dim == 0:
+            return part
+        return part[None] if self.batch_dim is None else part.movedim(self.batch_dim, 0)
+
+    def _samples_back(self, part: Tensor) -> Tensor:
+        if self.batch_dim == 0:
+            return part
+        return part[0] if self.batch_dim is None else part.movedim(0, self.batch_dim).contiguous()
 
 
-def _is_feature(values: Iterable[object]) -> bool:
-    return all(value is None or isinstance(value, Tensor) for value in values)
+def taps(blocks: Sequence[Block], boundary: int) -> tuple[int, ...]:
+    """Blocks whose output is needed when 0..boundary are skipped: those that feed a live block, and the boundary."""
+    return (*(index for index in range(boundary) if (blocks[index].feeds or 0) > boundary), boundary)
 
 
 class Passage(NamedTuple):
@@ -83,8 +134,16 @@ class Passage(NamedTuple):
 class Visitor(Protocol):
     """What happens during one call; see `intercept`."""
 
-    def at_input(self, feature: Feature | None) -> Feature | None:
-        """Sees the input of block 0 before it runs; returns the feature to inject, or None to compute everything."""
+    def at_input(self, feature: Feature | None, obstacle: str | None) -> Mapping[int, Feature] | None:
+        """Sees the input of block 0 before it runs.
+
+        Args:
+            feature: The input; None if the call is not of the declared form.
+            obstacle: Why this call must compute, if it must.
+
+        Returns:
+            What to inject at each of the `taps` of the boundary, or None to compute everything.
+        """
 
     def at_output(self, index: int, passage: Passage) -> None:
         """Sees the passage of an observed block in a call that computes."""
@@ -107,7 +166,7 @@ def intercept(
         boundary: Last block to skip if the visitor injects; None for a call that computes in any case.
 
     Raises:
-        InterceptionError: The visitor injected, and the boundary block was not passed exactly once.
+        InterceptionError: The visitor injected, and a block with a feature to inject was not passed exactly once.
     """
     call = _Call(blocks, visitor, frozenset(observe), boundary)
     hooked = {0, *call.observed, *range(0 if boundary is None else boundary + 1)}
@@ -115,10 +174,11 @@ def intercept(
         for index in sorted(hooked):
             stack.enter_context(_forward_replaced(blocks[index].module, call, index))
         yield
-    if call.injected is not None and call.injections != 1:
+    wrong = {index: call.injections[index] for index in call.injected or () if call.injections[index] != 1}
+    if wrong:
         raise InterceptionError(
-            f"the feature was injected {call.injections} times in one call at block {boundary} of "
-            f"{type(blocks[0].module).__name__}; please report this with the model's name"
+            f"the feature of block {min(wrong)} was injected {wrong[min(wrong)]} times in one call of "
+            f"{type(blocks[0].module).__name__}s; please report this with the model's name"
         )
 
 
@@ -130,25 +190,26 @@ class _Call:
         self.visitor = visitor
         self.observed = observed
         self.boundary = boundary
-        self.injected: Feature | None = None
-        self.injections = 0
+        self.injected: Mapping[int, Feature] | None = None
+        self.injections: Counter[int] = Counter()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         """What block `index` returns instead of running, or `_RUN`."""
         block = self.blocks[index]
         if index == 0:
-            self.injected = self.visitor.at_input(block.received(args, kwargs))
+            obstacle = block.obstacle(kwargs) if block.obstacle else None
+            self.injected = self.visitor.at_input(block.received(args, kwargs), obstacle)
         if self.injected is None or (self.boundary is not None and index > self.boundary):
             return _RUN
-        if index == self.boundary:
-            self.injections += 1
-            return block.to_return(self.injected)
+        if index in self.injected:
+            self.injections[index] += 1
+            return block.to_return(self.injected[index], args, kwargs)
         feature = block.received(args, kwargs)
         if feature is None:
             raise InterceptionError(f"block {index} was called with other arguments than its family declares")
         # The host adds control residuals to what a block returns, in place: never hand back the caller's own tensor.
-        return block.to_return(cloned(feature) if index == 0 else feature)
+        return block.to_return(cloned(feature) if index == 0 else feature, args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after(self, index: int, value: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

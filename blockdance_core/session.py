@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
@@ -14,7 +15,7 @@ from torch import nn
 from blockdance_core import families
 from blockdance_core.config import Config, Effective, resolve
 from blockdance_core.forecast import FORECASTS
-from blockdance_core.interception import intercept
+from blockdance_core.interception import intercept, taps
 from blockdance_core.schedule import COMPUTE, REUSE, Schedule, build
 from blockdance_core.streams import FeatureCache
 from blockdance_core.timing import Stopwatch
@@ -52,10 +53,21 @@ class ModelState:
         self.group: int | None = None
         self.group_starts = [0, 0]
 
+        self.tapped = self.taps(*self.schedule.boundaries)
+
     @property
     def active(self) -> bool:
         """Whether the plan holds any reuse step."""
         return bool(self.schedule.boundaries)
+
+    def taps(self, *boundaries: int) -> tuple[int, ...]:
+        """The blocks whose outputs stand in for everything up to these boundaries, ascending."""
+        return tuple(sorted({tap for boundary in boundaries for tap in taps(self.blocks, boundary)}))
+
+    def streams_of(self, info: CallInfo) -> CallInfo:
+        """The same call; as one stream, where the model's samples cannot be told apart."""
+        apart = self.blocks[0].batch_dim is not None or not info.streams
+        return info if apart else info._replace(streams=(info.streams,), rows=1)
 
     def enter(self, group: int | None, step: int) -> None:
         """A call of `group` begins; at the start of a new one, streams unseen for the whole group before are dropped."""
@@ -116,16 +128,23 @@ class Session:
         self.unsupported: dict[int, str] = {}
         self.step = 0
         self.sigma = math.nan
+        self.condition: Hashable = None
         self._occurrences: defaultdict[Hashable, int] = defaultdict(int)
+        self._lock = threading.Lock()  # on several GPUs the host calls one model per device, each from a thread
 
-    def begin_evaluation(self, sigma: float) -> None:
-        """A new evaluation of the model at `sigma` begins; its streams are numbered afresh."""
+    def begin_evaluation(self, sigma: float, condition: Hashable = None) -> None:
+        """A new evaluation of the model at `sigma` begins; its streams are numbered afresh.
+
+        Args:
+            sigma: Noise level.
+            condition: What else must not change between storing and reusing, such as the ControlNets in force.
+        """
         self._occurrences.clear()
         step = step_of(self.sigmas, sigma, self.step)
         if self.evaluations and step != self.step:
             self._tell()
         self.evaluations += 1
-        self.step, self.sigma = step, sigma
+        self.step, self.sigma, self.condition = step, sigma, condition
 
     @contextlib.contextmanager
     def call(
@@ -142,26 +161,31 @@ class Session:
         if not self.figures:
             yield
             return
-        state = self._state(owner, diffusion_model)
         figures = self.figures[self.step]
-        figures.calls += 1
+        with self._lock:
+            state = self._state(owner, diffusion_model)
+            figures.calls += 1
+            visit = None
+            if state is not None and state.active:
+                info, moment = state.streams_of(describe()), Moment(self.step, self.evaluations, self.sigma)
+                visit = Visit(state, state.schedule.steps[self.step], moment, info, self._streams(owner, info))
         with self.stopwatch.span(self.step, device):
-            if state is None or not state.active:
+            if state is None or visit is None:
                 yield
             else:
-                info, moment = describe(), Moment(self.step, self.evaluations, self.sigma)
-                visit = Visit(state, state.schedule.steps[self.step], moment, info, self._streams(owner, info))
                 with intercept(state.blocks, visit, observe=visit.observe, boundary=visit.boundary):
                     yield
                 visit.finish()
+        with self._lock:
+            if visit is not None:
                 self.fallbacks.update(visit.fallbacks)
                 self.warn(*visit.warnings)
                 figures.reused += visit.reused
                 figures.stored += visit.stored and visit.plan.group is not None
                 figures.blocks -= visit.skipped
-        if state is not None:
-            figures.blocks += len(state.blocks)
-            figures.depth += len(state.blocks)
+            if state is not None:
+                figures.blocks += len(state.blocks)
+                figures.depth += len(state.blocks)
 
     def warn(self, *texts: str) -> None:
         """Tell the user, each thing once."""
@@ -197,7 +221,8 @@ class Session:
                 self.warn(str(error))
                 return None
             self.models[id(owner)] = state
-            if len(self.models) > 1:
+            first = next(iter(self.models.values()))
+            if (state.effective, state.schedule.window) != (first.effective, first.schedule.window):
                 self.warn("two models ran: window, boundary and settings are those of the first")
             self.warn(*state.schedule.warnings)
         return self.models[id(owner)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -84,35 +84,35 @@ class Visit:
         self.flow = FlowCheck() if self.probing and state.family.verify else None
         if not self.probing and not state.placed:
             self.warnings += state.place(info)
-        self.record, self.boundary = plan.record, None
+        self.record, self.boundary = state.taps(*plan.record), None
         if plan.decision == REUSE and plan.boundary is not None:
-            self.record = (plan.boundary,)  # a compute forced inside a group stores
+            self.record = state.taps(plan.boundary)  # a compute forced inside a group stores
             self.boundary = None if self.probing else plan.boundary
         self.obstacle = self._obstacle()
         if self.obstacle and self.record:
             self.fallbacks.append(self.obstacle)
             self.record, self.boundary = (), None
-        probed = range(len(state.blocks)) if self.flow else state.schedule.boundaries
+        probed = range(len(state.blocks)) if self.flow else state.tapped
         self.observe = {*self.record, *(probed if self.probing else ())}
 
-    def at_input(self, feature: Feature | None) -> Feature | None:
-        """The forecast if this call reuses; else keeps what storing will need, and None."""
+    def at_input(self, feature: Feature | None, obstacle: str | None) -> Mapping[int, Feature] | None:
+        """The forecasts if this call reuses; else keeps what storing will need, and None."""
         self.entries += 1
         if self.entries > 1:
             self._break("its blocks run more than once in a call")
         if feature is None or any(part is not None and part.shape[0] != self.info.rows for part in feature):
             self._break("its blocks do not take one row per sample")
             return None
+        if obstacle and self.record:
+            self.fallbacks.append(obstacle)
+            self.record = ()
         if self.state.broken or not self.record:
             return None
         parts = tuple(part for part in feature if part is not None)
         self.keys = tuple((stream, self.info.rows // len(self.streams), signature(parts)) for stream in self.streams)
         try:
             if self.boundary is not None:
-                base = self._in_layout_of(self.boundary, feature)
-                injected = self.state.cache.predict(
-                    self.keys, self.boundary, self.plan.group, self.moment.sigma, base, self.info.device
-                )
+                injected = self._forecasts(feature)
                 if not isinstance(injected, str):
                     self.reused = True
                     self.skipped = self.boundary + 1
@@ -125,6 +125,18 @@ class Visit:
             self.record = ()
         return None
 
+    def _forecasts(self, feature: Feature) -> dict[int, Feature] | str:
+        """What to inject at every tap, or why there is no forecast."""
+        injected = {}
+        for tap in self.record:
+            forecast = self.state.cache.predict(
+                self.keys, tap, self.plan.group, self.moment.sigma, self._in_layout_of(tap, feature), self.info.device
+            )
+            if isinstance(forecast, str):
+                return forecast
+            injected[tap] = forecast
+        return injected
+
     def at_output(self, index: int, passage: Passage) -> None:
         """Checks and measures on the first evaluation; stores where the plan wants it."""
         state = self.state
@@ -133,7 +145,7 @@ class Visit:
             if problem:
                 self._break(problem)
         output = passage.returned
-        if index not in state.schedule.boundaries or state.broken:
+        if index not in state.tapped or state.broken:
             return
         if output is None or any(part is not None and part.shape[0] != self.info.rows for part in output):
             self._break("its blocks do not return one row per sample")
@@ -171,8 +183,8 @@ class Visit:
                 if self.state.cache.forecast.anchored and not entry.anchored:
                     self.warnings.append("block 0's input does not fit the boundary block's output: forecast 'hold' is used")
 
-    def _in_layout_of(self, boundary: int, feature: Feature) -> Feature | None:
-        layout = self.state.blocks[boundary].to_boundary_layout
+    def _in_layout_of(self, index: int, feature: Feature) -> Feature | None:
+        layout = self.state.blocks[index].to_boundary_layout
         return layout(feature) if layout is not None and self.state.cache.forecast.anchored else None
 
     def _obstacle(self) -> str | None:
@@ -180,8 +192,8 @@ class Visit:
             return f"the model cannot be accelerated: {self.state.broken}"
         if not self.streams or self.info.rows % len(self.streams):
             return "the host did not say which conditionings this call holds"
-        boundaries = {0, *self.state.schedule.boundaries} if self.plan.boundary is None else {0, self.plan.boundary}
-        for index in boundaries:
+        needed = self.state.tapped if self.plan.boundary is None else self.state.taps(self.plan.boundary)
+        for index in (0, *needed):
             if self.state.blocks[index].hook_key in self.info.replaced:
                 return f"another node replaces block {index}"
         return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -16,17 +17,26 @@ class Section:
     """A list of like blocks inside a model.
 
     Attributes:
-        path: Attribute of the diffusion model that holds the list.
+        path: Attribute of the diffusion model that holds the list, or the dict, of blocks.
         ports: Parameters of the block's forward that carry the feature, in the order in which the block returns them;
             a name and its position.
         hook: First part of the host's `patches_replace` key, such as `double_block`.
         join: Maps the feature of the section before to the layout of this one; None where that is not known.
+        batch_dim: Dimension of the samples in the feature. None where they cannot be told apart: no such dimension,
+            several samples in one, or a model that reorders the conditionings of a call.
+        passed_on: What a block returns behind the feature: a port whose argument it hands on, or None for nothing.
+        long_skips: Whether block j of the first half also feeds block L-1-j, its mirror image in the second half.
+        obstacle: Tells from block 0's keyword arguments why a call has to run every block, or None.
     """
 
     path: str
     ports: tuple[Port, ...]
     hook: str | None = None
     join: Callable[[Feature], Feature] | None = None
+    batch_dim: int | None = 0
+    passed_on: tuple[Port | None, ...] = ()
+    long_skips: bool = False
+    obstacle: Callable[[Mapping[str, Any]], str | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +68,19 @@ class Family:
                 modules = diffusion_model.get_submodule(section.path)
             except AttributeError:
                 return ()
-            if not isinstance(modules, nn.ModuleList):
+            if not isinstance(modules, (nn.ModuleList, nn.ModuleDict)):
                 return ()
             if position:
                 layout = _then(layout, section.join) if blocks else _same
+            listed = list(modules.children())
+            start, mirrored = len(blocks), (len(listed) - 1) // 2 if section.long_skips else 0
             blocks += [
-                Block(module, section.ports, (section.hook, index) if section.hook else None, layout)
-                for index, module in enumerate(modules)
+                Block(
+                    module, section.ports, (section.hook, index) if section.hook else None, layout,
+                    batch_dim=section.batch_dim, passed_on=section.passed_on, obstacle=section.obstacle,
+                    feeds=start + len(listed) - 1 - index if index < mirrored else None,
+                )
+                for index, module in enumerate(listed)
             ]
         return tuple(blocks)
 

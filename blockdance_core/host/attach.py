@@ -167,7 +167,8 @@ def _predict_noise(
     session = _session_in(model_options.get("transformer_options", {}))
     if session is None:
         return executor(x, timestep, model_options, *args, **kwargs)
-    session.begin_evaluation(float(timestep.reshape(-1)[0]))  # synchronises the GPU, once per evaluation
+    sigma = float(timestep.reshape(-1)[0])  # synchronises the GPU, once per evaluation
+    session.begin_evaluation(sigma, _active_controls(getattr(executor.class_obj, "conds", {}), sigma))
     session.evaluating = True
     try:
         return executor(x, timestep, model_options, *args, **kwargs)
@@ -190,7 +191,7 @@ def _apply_model(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         return CallInfo(
             streams=_streams(options), rows=x.shape[0], device=x.device,
             replaced=frozenset(options.get("patches_replace", {}).get("dit", {})),
-            condition=_control_shapes(control), room=lambda: _room(model, x),
+            condition=(session.condition, _control_shapes(control), _hook_strengths(model)), room=lambda: _room(model, x),
         )
 
     with session.call(model, model.diffusion_model, x.device, describe):
@@ -219,6 +220,24 @@ def _control_shapes(control: dict[str, Any] | None) -> tuple[object, ...] | None
     return tuple(sorted(
         (name, tuple(None if part is None else tuple(part.shape) for part in parts)) for name, parts in control.items()
     ))
+
+
+def _active_controls(conds: dict[str, list[dict[str, Any]]], sigma: float) -> frozenset[int]:
+    """Which ControlNets of a run act at a noise level: residuals of one must not be reused under another."""
+    active = set()
+    for control in (entry.get("control") for entries in conds.values() for entry in entries or ()):
+        while control is not None:
+            start, end = getattr(control, "timestep_range", None) or (math.inf, -math.inf)
+            if end <= sigma <= start:
+                active.add(id(control))
+            control = getattr(control, "previous_controlnet", None)
+    return frozenset(active)
+
+
+def _hook_strengths(model: BaseModel) -> tuple[tuple[object, float], ...]:
+    """The scheduled weights (LoRA hooks) that are patched in for this call."""
+    hooks = getattr(getattr(model, "current_patcher", None), "current_hooks", None)
+    return tuple((hook.hook_ref, getattr(hook, "strength", 1.0)) for hook in hooks.hooks) if hooks is not None else ()
 
 
 def _room(model: BaseModel, x: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ def per_step(case: Case, accelerated: object, blocks: list, **settings: object) 
 def test_reuse_steps_run_the_blocks_behind_the_boundary_alone(case: Case, different_lengths: bool) -> None:
     model = model_of(case)
     blocks = case.blocks(model.model.diffusion_model)
-    calls = 2 if different_lengths and case.text is not None else 1
+    calls = case.calls(different_lengths)
     for boundary in (2, case.depth - 1) if different_lengths else (0, 5):
         accelerated = accelerate(model, boundary=boundary)
         steps = per_step(case, accelerated, blocks, different_lengths=different_lengths)

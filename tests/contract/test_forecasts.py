@@ -60,7 +60,7 @@ def test_forecast_equals_the_plain_restatement_at_several_boundaries(case: Case,
 
 @every_case
 def test_taylor_in_long_groups_of_a_split_batch_equals_the_restatement(case: Case) -> None:
-    check(case, "taylor", 5, group_size=3, sensitive=False, batch=2, different_lengths=True)
+    check(case, "taylor", 5, group_size=3, sensitive=False, batch=case.rows(2), different_lengths=True)
 
 
 @controlled

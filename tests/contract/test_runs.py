@@ -26,6 +26,6 @@ def test_a_second_run_equals_a_fresh_one(case: Case, forecast: str) -> None:
 def test_a_run_with_another_batch_length_and_steps_in_between_changes_nothing(case: Case) -> None:
     used = accelerate(model_of(case), forecast="taylor")
     first = sample(used, case, steps=STEPS)
-    sample(used, case, steps=12, batch=3, different_lengths=True)
+    sample(used, case, steps=12, batch=case.rows(3), different_lengths=True)
     sample(used, case, steps=STEPS, cfg=1.0, denoise=0.5)
     assert torch.equal(first, sample(used, case, steps=STEPS))
