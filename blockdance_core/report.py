@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,14 +72,38 @@ def empty_record(reason: str) -> dict[str, Any]:
 
 
 def report(runs: Sequence[dict[str, Any]], reason: str) -> dict[str, Any]:
-    """The whole report: the last run's keys at the top level, and every run under `runs`.
+    """The whole report: the last run's keys at the top level, every run under `runs`, their sums under `totals`.
 
     Args:
         runs: Records of finished runs, oldest first.
         reason: Why there is none, if there is none.
     """
     last = runs[-1] if runs else empty_record(reason)
-    return last | {"runs": list(runs)}
+    return last | {"runs": list(runs), "totals": totals(runs)}
+
+
+def totals(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over several runs, such as the tiles of an upscale.
+
+    Returns:
+        `runs`, `steps`, `reused_steps`, `calls`, `reused_calls`, `dit_ms`, `cut_arithmetic`, `fallbacks`.
+    """
+    fallbacks: Counter[str] = Counter()
+    possible = done = 0.0
+    for run in runs:
+        fallbacks.update(run["fallbacks"])
+        possible += sum(run["calls"]) * run["blocks_total"]
+        done += sum(calls * blocks for calls, blocks in zip(run["calls"], run["blocks_run"], strict=True))
+    return {
+        "runs": len(runs),
+        "steps": sum(run["steps"] for run in runs),
+        "reused_steps": sum(run["reused_steps"] for run in runs),
+        "calls": sum(sum(run["calls"]) for run in runs),
+        "reused_calls": sum(run["reused_calls"] for run in runs),
+        "dit_ms": round(sum(sum(run["dit_ms"]) for run in runs), 3),
+        "cut_arithmetic": round(1 - done / possible, 4) if possible else 0.0,
+        "fallbacks": dict(fallbacks),
+    }
 
 
 def summary(run: dict[str, Any]) -> str:

@@ -16,6 +16,8 @@ export class ReportView {
     this.text = "";
     /** @type {import("./run.js").Run[]} */
     this.runs = [];
+    /** @type {import("./run.js").Totals | undefined} */
+    this.totals = undefined;
     this.reason = "The report appears after a run.";
 
     this.message = element("div", "blockdance-headline");
@@ -49,6 +51,7 @@ export class ReportView {
     this.text = text;
     const report = JSON.parse(text);
     this.runs = report.runs ?? [];
+    this.totals = report.totals;
     this.reason = report.warnings?.join(" ") || "The report holds no sampling run.";
     this.choice.replaceChildren(...this.runs.map((run, index) => {
       const option = /** @type {HTMLOptionElement} */ (element("option", "", `Run ${index + 1}: ${reusedText(run)}`));
@@ -68,7 +71,8 @@ export class ReportView {
     for (const part of [this.timeline.element, this.numbers, this.notes, this.details]) part.hidden = !run;
     if (!run) return;
     this.timeline.draw(run, [reusedText(run), timeText(run)].filter(Boolean).join(", "));
-    this.numbers.replaceChildren(...numbers(run).map(([name, value]) => row("td", [name, value])));
+    const sums = this.totals && this.runs.length > 1 ? totalsText(this.totals) : "";
+    this.numbers.replaceChildren(...[...numbers(run), ...(sums ? [["All runs", sums]] : [])].map((pair) => row("td", pair)));
     this.notes.replaceChildren(...noteTexts(run).map((text) => element("li", "", text)));
     this.table.replaceChildren(
       row("th", ["step", "sigma", "decision", "boundary", "blocks run", "DiT time"]),
@@ -108,6 +112,12 @@ function numbers(run) {
     ["Stored", run.cached_bytes == null ? undefined : stored],
   ];
   return rows.filter(([, value]) => value != null && value !== "").map(([name, value]) => [name, String(value)]);
+}
+
+/** @param {import("./run.js").Totals} totals */
+function totalsText(totals) {
+  const reused = `${totals.reused_steps} of ${totals.steps} steps reused in ${totals.runs} runs`;
+  return `${reused}, DiT total ${milliseconds(totals.dit_ms)}, cut ${percent(totals.cut_arithmetic)} (estimate)`;
 }
 
 /** @param {string} text @returns {Promise<boolean>} */

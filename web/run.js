@@ -25,6 +25,16 @@
  * @property {number} [cut_arithmetic] share 0..1 of the blocks that did not run
  */
 
+/**
+ * Sums over several runs, such as the tiles of an upscale.
+ * @typedef {object} Totals
+ * @property {number} runs
+ * @property {number} steps
+ * @property {number} reused_steps
+ * @property {number} dit_ms
+ * @property {number} cut_arithmetic
+ */
+
 /** @type {Decision[]} in the order of the legend */
 export const DECISIONS = ["compute", "cache", "reuse", "mixed"];
 

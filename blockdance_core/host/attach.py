@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 KEY = "blockdance"
-_MAX_RUNS = 64
+_MAX_RUNS = 512  # a tiled upscale has one run a tile
 _TEXT_TOKENS = 512
 
 

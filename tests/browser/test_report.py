@@ -13,7 +13,8 @@ SECOND: dict[str, Any] = {
     "blocks_run": [28, 28], "boundary": [None, None], "fallbacks": {}, "warnings": ["too few steps"],
     "window": {"first": None, "last": None, "covered": 0, "steps": 2, "text": "window covers 0 of 2 steps"},
 }
-TEXT = json.dumps({**SECOND, "runs": [RUN, SECOND]})
+TOTALS = {"runs": 2, "steps": 32, "reused_steps": 8, "dit_ms": 2384.0, "cut_arithmetic": 0.19}
+TEXT = json.dumps({**SECOND, "runs": [RUN, SECOND], "totals": TOTALS})
 
 
 def execute(page: NodePage, text: str, node_id: str = "2") -> None:
@@ -68,6 +69,7 @@ def test_report_other_run_chosen_shows_its_numbers_and_steps(page: NodePage) -> 
         "Evaluations": "30",
         "Reused calls": "8",
         "Stored": "18.9 MB, predicted 18.9 MB",
+        "All runs": "8 of 32 steps reused in 2 runs, DiT total 2384 ms, cut 19 % (estimate)",
     }
     panel.get_by_text("Every step").click()
     steps = panel.locator(".blockdance-steps tr")

@@ -40,6 +40,18 @@ def test_records_of_no_run_and_of_a_run_have_the_same_keys() -> None:
     assert found["runs"] == [one, two]
 
 
+def test_totals_add_up_the_runs() -> None:
+    one, two = record([1.0, 0.0]), record([1.0, 0.5, 0.0])
+    one |= {"blocks_total": 8, "calls": [2], "blocks_run": [8], "dit_ms": [5.0], "fallbacks": {"a": 1}}
+    two |= {"blocks_total": 8, "calls": [1, 1], "blocks_run": [8, 2], "dit_ms": [4.0, 1.0], "reused_steps": 1,
+            "reused_calls": 1, "fallbacks": {"a": 2, "b": 1}}
+    assert report([one, two], "")["totals"] == {
+        "runs": 2, "steps": 3, "reused_steps": 1, "calls": 4, "reused_calls": 1, "dit_ms": 10.0,
+        "cut_arithmetic": pytest.approx(6 / 32, abs=1e-4), "fallbacks": {"a": 3, "b": 1},
+    }
+    assert report([], "why")["totals"]["runs"] == 0
+
+
 @pytest.mark.parametrize("steps", [1, 2, 20, 1000])
 def test_timeline_is_a_picture_for_any_number_of_steps(steps: int) -> None:
     run = record([1 - k / steps for k in range(steps + 1)])
