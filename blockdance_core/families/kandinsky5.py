@@ -1,0 +1,12 @@
+"""Kandinsky 5, video and image: one class (host: comfy/ldm/kandinsky5/model.py, v0.30.0)."""
+
+from blockdance_core.config import Defaults
+from blockdance_core.families._record import Family, Section
+from blockdance_core.interception import Port
+
+FAMILY = Family(
+    name="Kandinsky 5",
+    classes=("Kandinsky5",),
+    sections=(Section("visual_transformer_blocks", (Port("visual_embed", 0),), hook="double_block"),),
+    defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
+)
