@@ -120,6 +120,7 @@ class Session:
         self.listener = listener
         self.figures = [StepFigures() for _ in range(max(len(self.sigmas) - 1, 0))]
         self.stopwatch = Stopwatch()
+        self.announced_bytes = 0  # what the host was asked to keep free
         self.evaluations = 0
         self.evaluating = False
         self.fallbacks: Counter[str] = Counter()

@@ -24,6 +24,7 @@ from blockdance_core.config import Config, Effective, resolve
 from blockdance_core.forecast import FORECASTS
 from blockdance_core.host import notify
 from blockdance_core.host.levels import noise_levels
+from blockdance_core.interception import taps
 from blockdance_core.report import run_record, summary
 from blockdance_core.session import Session
 from blockdance_core.visit import CallInfo
@@ -48,6 +49,7 @@ class Handle:
         effective: The settings in force for this model.
         family: Name of the model family.
         width: Width of the model's tokens, for the estimate before the first evaluation.
+        taps: Number of blocks whose output is stored.
     """
 
     def __init__(self, config: Config, node_id: str | None, match: families.Match) -> None:
@@ -57,6 +59,7 @@ class Handle:
         self.family = match.family.name
         shapes = [min(parameter.shape) for parameter in match.blocks[0].module.parameters() if parameter.ndim == 2]
         self.width = statistics.mode(shapes) if shapes else 0
+        self.taps = len(taps(match.blocks, self.effective.boundary))
         self._runs: collections.deque[tuple[str | None, dict[str, Any]]] = collections.deque(maxlen=_MAX_RUNS)
 
     def add(self, run: dict[str, Any], prompt_id: str | None) -> None:
@@ -86,7 +89,7 @@ def attach(model: ModelPatcher, config: Config, node_id: str | None = None) -> M
     clone = model.clone()
     for wrapper_type, wrapper in (
         (WrappersMP.OUTER_SAMPLE, functools.partial(_outer_sample, handle)),
-        (WrappersMP.PREPARE_SAMPLING, functools.partial(_prepare_sampling, handle)),
+        (WrappersMP.PREPARE_SAMPLING, _prepare_sampling),
         (WrappersMP.PREDICT_NOISE, _predict_noise),
         (WrappersMP.APPLY_MODEL, _apply_model),
     ):
@@ -120,6 +123,9 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
         })
 
     session = Session(handle.config, sigmas, levels, tell)
+    # A latent of several parts (video and audio) arrives flattened into one row; its shapes come beside it.
+    shapes = kwargs.get("latent_shapes") or [args[0].shape if args else kwargs["noise"].shape]
+    session.announced_bytes = _announced_bytes(handle, guider.model_patcher, shapes)
     before = guider.model_options
     guider.model_options = create_model_options_clone(before)
     guider.model_options.setdefault("transformer_options", {})[KEY] = session
@@ -140,25 +146,27 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
 
 
 def _prepare_sampling(
-    handle: Handle, executor: WrapperExecutor, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **kwargs: Any
+    executor: WrapperExecutor, model: ModelPatcher, noise_shape: Sequence[int], conds: Any,
+    model_options: dict[str, Any] | None = None, *args: Any, **kwargs: Any,
 ) -> Any:
     # The host keeps free what its estimate for this shape says. Features come on top: ask for that many more samples.
-    wanted = _announced_bytes(handle, model, noise_shape)
-    if wanted:
+    session = _session_in((model_options or {}).get("transformer_options", {}))
+    if session is not None and session.announced_bytes:
         of_one = model.model.memory_required([1, *noise_shape[1:]])
-        noise_shape = [noise_shape[0] + math.ceil(wanted / (2 * max(of_one, 1))), *noise_shape[1:]]
-    return executor(model, noise_shape, *args, **kwargs)
+        noise_shape = [noise_shape[0] + math.ceil(session.announced_bytes / (2 * max(of_one, 1))), *noise_shape[1:]]
+    return executor(model, noise_shape, conds, model_options, *args, **kwargs)
 
 
-def _announced_bytes(handle: Handle, model: ModelPatcher, noise_shape: Sequence[int]) -> int:
+def _announced_bytes(handle: Handle, model: ModelPatcher, shapes: Sequence[Sequence[int]]) -> int:
     """Estimate of the bytes to be stored on the model's device, before anything is known of the tokens."""
     if not handle.config.active or handle.config.cache_device == "cpu" or model_management.is_device_cpu(model.load_device):
         return 0
     patch = getattr(model.get_model_object("diffusion_model"), "patch_size", None) or 2
     per_token = math.prod(patch) if isinstance(patch, (tuple, list)) else int(patch) ** 2
-    tokens = math.prod(noise_shape[2:]) // per_token + _TEXT_TOKENS
+    tokens = sum(math.prod(shape[2:]) for shape in shapes) // per_token + _TEXT_TOKENS
     element = model.model.get_dtype_inference().itemsize
-    return 2 * noise_shape[0] * tokens * handle.width * element * (FORECASTS[handle.effective.forecast].order + 1)
+    stored = handle.taps * (FORECASTS[handle.effective.forecast].order + 1)
+    return 2 * shapes[0][0] * tokens * handle.width * element * stored
 
 
 def _predict_noise(

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness import STEPS, accelerate, last_run, model_of, reused_steps
-from tiny import CASES, sample
+from comfy.patcher_extension import WrappersMP
+from harness import STEPS, accelerate, every_case, last_run, model_of, reused_steps
+from tiny import CASES, Case, sample
 
 from blockdance_core.host import attach as host_attach
 from blockdance_core.streams import FeatureCache
@@ -39,6 +40,27 @@ def test_auto_keeps_no_history_first_and_then_moves_to_the_cpu(monkeypatch: pyte
         assert run["cached_bytes"] == run["predicted_bytes"] == kept
         assert (said is None) == (run["warnings"] == [])
         assert said is None or said in run["warnings"][0]
+
+
+@every_case
+def test_the_host_is_asked_to_keep_free_what_will_be_stored(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []  # samples the host plans for, and what it counts for one
+
+    def note(executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append((noise_shape[0], model.model.memory_required([1, *noise_shape[1:]])))
+        return executor(model, [1, *noise_shape[1:]], *args, **kwargs)
+
+    with monkeypatch.context() as patch:  # as on a GPU
+        patch.setattr(host_attach.model_management, "is_device_cpu", lambda _: False)
+        accelerated = accelerate(model_of(case), forecast="taylor")
+        accelerated.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "note", note)
+        sample(accelerated, case, steps=STEPS)
+    samples, of_one = asked[0]
+    assert (samples - 1) * of_one >= last_run(accelerated)["cached_bytes"] / 2
+    accelerated = accelerate(model_of(case), cache_device="cpu")
+    accelerated.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "note", note)
+    sample(accelerated, case, steps=1)
+    assert asked[1][0] == 1
 
 
 def test_gpu_never_stores_more_than_fits_and_computes_instead(monkeypatch: pytest.MonkeyPatch) -> None:
