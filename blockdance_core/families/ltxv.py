@@ -9,5 +9,4 @@ FAMILY = Family(
     classes=("LTXVModel",),
     sections=(Section("transformer_blocks", HIDDEN, hook="double_block"),),
     defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
-    refused=(("LTXAVModel", "its blocks carry a (video, audio) pair, which this version does not declare yet"),),
 )

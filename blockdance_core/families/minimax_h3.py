@@ -1,0 +1,15 @@
+"""MiniMax H3, video with sound (host: comfy/ldm/minimax/model.py, v0.30.0).
+
+One sequence of text, references, sound and video, without a dimension of samples: the model takes one sample a call.
+"""
+
+from blockdance_core.config import Defaults
+from blockdance_core.families._common import HIDDEN
+from blockdance_core.families._record import Family, Section
+
+FAMILY = Family(
+    name="MiniMax H3",
+    classes=("MiniMaxH3Model",),
+    sections=(Section("blocks", HIDDEN, hook="double_block", batch_dim=None),),
+    defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
+)

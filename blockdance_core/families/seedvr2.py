@@ -1,0 +1,23 @@
+"""SeedVR2 (host: comfy/ldm/seedvr/model.py, v0.30.0).
+
+The samples of a call lie one behind the other in one sequence, and the model exchanges the halves of its texts.
+"""
+
+from blockdance_core.config import Defaults
+from blockdance_core.families._record import Family, Section
+from blockdance_core.interception import Port
+
+FAMILY = Family(
+    name="SeedVR2",
+    classes=("NaDiT",),
+    sections=(
+        Section(
+            "blocks",
+            (Port("vid", 0), Port("txt", 1)),
+            hook="block",
+            batch_dim=None,
+            passed_on=(Port("vid_shape", 2), Port("txt_shape", 3)),
+        ),
+    ),
+    defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
+)
