@@ -11,6 +11,8 @@ from torch import nn
 from blockdance_core.config import Defaults
 from blockdance_core.interception import Block, Feature, Port
 
+BLOCK_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
 
 @dataclasses.dataclass(frozen=True)
 class Section:
@@ -68,7 +70,7 @@ class Family:
                 modules = diffusion_model.get_submodule(section.path)
             except AttributeError:
                 return ()
-            if not isinstance(modules, (nn.ModuleList, nn.ModuleDict)):
+            if not isinstance(modules, BLOCK_LISTS):
                 return ()
             if position:
                 layout = _then(layout, section.join) if blocks else _same

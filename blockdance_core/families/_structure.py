@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blockdance_core.config import Defaults
-from blockdance_core.families._record import Family, Section
+from blockdance_core.families._record import BLOCK_LISTS, Family, Section
 from blockdance_core.families._unsupported import UnsupportedModelError
 from blockdance_core.interception import Passage, Port, signature
 
@@ -38,7 +38,7 @@ def undeclared(model: nn.Module, paths: Sequence[str] = ()) -> Family:
             )
     total = sum(parameter.numel() for parameter in model.parameters())
     candidates = {path: size for path, modules in model.named_modules()
-                  if isinstance(modules, nn.ModuleList) and (size := _size_of_like_blocks(modules)) > 0.1 * total}
+                  if isinstance(modules, BLOCK_LISTS) and (size := _size_of_like_blocks(modules)) > 0.1 * total}
     candidates = {path: size for path, size in candidates.items()
                   if not any(path.startswith(f"{outer}.") for outer in candidates)}
     if not candidates:
@@ -54,18 +54,20 @@ def undeclared(model: nn.Module, paths: Sequence[str] = ()) -> Family:
             f"that holds most of the model is accelerated. {_ADVICE}"
         )
     (path,) = candidates
-    block = model.get_submodule(path)[0]  # type: ignore[index]
-    parameters = [parameter.name for parameter in inspect.signature(block.forward).parameters.values()
+    block = next(model.get_submodule(path).children())
+    # of the class: another pack may have put its own forward, of other parameters, on the block
+    parameters = [parameter.name for parameter in inspect.signature(type(block).forward).parameters.values()
                   if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)]
-    port = Port(parameters[0] if parameters else "x", 0)
+    port = Port(parameters[1] if len(parameters) > 1 else "x", 0)
     return Family(
         name=f"undeclared ({name})", classes=(name,), sections=(Section(path, (port,)),),
         defaults=Defaults(source="by analogy with the published models; found by structure"), verify=True,
     )
 
 
-def _size_of_like_blocks(modules: nn.ModuleList) -> int:
-    if len(modules) < _MIN_BLOCKS or len({type(module) for module in modules}) > 1:
+def _size_of_like_blocks(modules: nn.Module) -> int:
+    blocks = list(modules.children())
+    if len(blocks) < _MIN_BLOCKS or len({type(block) for block in blocks}) > 1:
         return 0
     return sum(parameter.numel() for parameter in modules.parameters())
 

@@ -10,8 +10,8 @@ import comfy.ldm.hydit.models as hydit
 import comfy.ops
 import pytest
 import torch
-from harness import every_case, model_of
-from tiny import Case
+from harness import STEPS, accelerate, every_case, last_run, model_of
+from tiny import Case, sample
 from torch import Tensor, nn
 
 from blockdance_core import families
@@ -62,7 +62,7 @@ def likes(count: int) -> nn.ModuleList:
 
 @pytest.mark.parametrize(("model", "message"), [
     (lists(), r"children: none"),
-    (lists(head=nn.Linear(2, 2), blocks=likes(3)), r"\(children: head, blocks; looked for blocks, double_blocks, joint_blocks"),
+    (lists(head=nn.Linear(2, 2), blocks=likes(3)), r"\(children: head, blocks; looked for blocks, .*double_blocks, "),
     (lists(head=nn.Linear(64, 64), blocks=likes(4)), "No block list|ambiguous"),
     (lists(blocks=nn.ModuleList([Like(), Other(), Like(), Like()])), "No block list"),
     (lists(first=likes(4), second=likes(4)), r"ambiguous \(first, second\)"),
@@ -183,6 +183,29 @@ def test_a_model_that_flattens_its_batch_is_computed_and_said() -> None:
     session = run("plain", rows=1)
     assert sum(figures.reused for figures in session.figures) == 0
     assert "one row per sample" in session.warnings[0]
+
+
+@every_case
+def test_structure_alone_accelerates_rightly_or_not_at_all(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model, as if nobody had declared its family."""
+    model = model_of(case)
+    full = sample(model, case, steps=STEPS)
+    expected = sample(accelerate(model, boundary=2), case, steps=STEPS)
+    monkeypatch.setattr(families, "declared", lambda: ())
+    try:
+        accelerated = accelerate(model, boundary=2)
+    except families.UnsupportedModelError as error:
+        assert "No block list found" in str(error) or "ambiguous" in str(error)
+        return
+    found = sample(accelerated, case, steps=STEPS)
+    run = last_run(accelerated)
+    if run["reused_calls"]:
+        assert len(case.lists) == 1
+        assert case.skips == ()
+        assert torch.equal(found, expected)
+    else:
+        assert torch.equal(found, full)
+        assert any("cannot be accelerated" in warning for warning in run["warnings"])
 
 
 @pytest.mark.parametrize("controlled", [False, True])

@@ -194,7 +194,7 @@ def count_calls(blocks: Sequence[nn.Module]) -> Iterator[list[int]]:
         return hook
 
     handles = [
-        next(m for m in block.modules() if isinstance(m, nn.Linear)).register_forward_pre_hook(count(index))
+        _first_linear(block).register_forward_pre_hook(count(index))
         for index, block in enumerate(blocks)
     ]
     try:
@@ -202,6 +202,11 @@ def count_calls(blocks: Sequence[nn.Module]) -> Iterator[list[int]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _first_linear(block: nn.Module) -> nn.Module:
+    """Not one of an embedding: the DiT of diffusers uses block 0's again behind its blocks."""
+    return next(m for name, m in block.named_modules() if isinstance(m, nn.Linear) and ".emb." not in name)
 
 
 @contextmanager
