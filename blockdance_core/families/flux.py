@@ -1,4 +1,4 @@
-"""Flux (host: comfy/ldm/flux/model.py, v0.30.0)."""
+"""Flux, Flux 2 and LongCat-Image (host: comfy/ldm/flux/model.py, v0.30.0)."""
 
 from blockdance_core.families._common import DOUBLE_THEN_SINGLE
 from blockdance_core.families._record import Family

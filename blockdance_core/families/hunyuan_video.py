@@ -1,4 +1,4 @@
-"""HunyuanVideo (host: comfy/ldm/hunyuan_video/model.py, v0.30.0)."""
+"""HunyuanVideo 1.0 and 1.5, SkyReels and HunyuanImage 2.1 (host: comfy/ldm/hunyuan_video/model.py, v0.30.0)."""
 
 from blockdance_core.config import Defaults
 from blockdance_core.families._common import DOUBLE_THEN_SINGLE

@@ -1,0 +1,16 @@
+"""Lens (host: comfy/ldm/lens/model.py, v0.30.0)."""
+
+from blockdance_core.config import Defaults
+from blockdance_core.families._record import Family, Section
+from blockdance_core.interception import Port
+
+FAMILY = Family(
+    name="Lens",
+    classes=("LensTransformer2DModel",),
+    sections=(
+        Section(
+            "transformer_blocks", (Port("encoder_hidden_states", 1), Port("hidden_states", 0)), hook="double_block"
+        ),
+    ),
+    defaults=Defaults(source="by analogy with the published image models; two streams in every block, like SD3"),
+)
