@@ -199,7 +199,10 @@ def _apply_model(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         return CallInfo(
             streams=_streams(options), rows=x.shape[0], device=x.device,
             replaced=frozenset(options.get("patches_replace", {}).get("dit", {})),
-            condition=(session.condition, _control_shapes(control), _hook_strengths(model)), room=lambda: _room(model, x),
+            condition=(
+                session.condition, _control_shapes(control), _hook_strengths(model), _active_patches(options, session.sigma)
+            ),
+            room=lambda: _room(model, x),
         )
 
     with session.call(model, model.diffusion_model, x.device, describe):
@@ -233,10 +236,11 @@ def _control_shapes(control: dict[str, Any] | None) -> tuple[object, ...] | None
 def _active_controls(conds: dict[str, list[dict[str, Any]]], sigma: float) -> frozenset[int]:
     """Which ControlNets of a run act at a noise level: residuals of one must not be reused under another."""
     active = set()
+    level = torch.tensor(sigma, dtype=torch.float32)  # as a ControlNet compares: ranges often end exactly at a step
     for control in (entry.get("control") for entries in conds.values() for entry in entries or ()):
         while control is not None:
             start, end = getattr(control, "timestep_range", None) or (math.inf, -math.inf)
-            if end <= sigma <= start:
+            if end <= level <= start:
                 active.add(id(control))
             control = getattr(control, "previous_controlnet", None)
     return frozenset(active)
@@ -245,7 +249,14 @@ def _active_controls(conds: dict[str, list[dict[str, Any]]], sigma: float) -> fr
 def _hook_strengths(model: BaseModel) -> tuple[tuple[object, float], ...]:
     """The scheduled weights (LoRA hooks) that are patched in for this call."""
     hooks = getattr(getattr(model, "current_patcher", None), "current_hooks", None)
-    return tuple((hook.hook_ref, getattr(hook, "strength", 1.0)) for hook in hooks.hooks) if hooks is not None else ()
+    return tuple((hook.hook_ref, float(hook.strength)) for hook in hooks.hooks) if hooks is not None else ()
+
+
+def _active_patches(options: dict[str, Any], sigma: float) -> tuple[bool, ...]:
+    """Which of the patches with a range of noise levels of their own (Uni3C, LLLite) act now."""
+    patches = (patch for slot in options.get("patches", {}).values() for patch in slot)
+    ranges = ((getattr(patch, "sigma_start", None), getattr(patch, "sigma_end", None)) for patch in patches)
+    return tuple(end <= sigma <= start for start, end in ranges if isinstance(start, float) and isinstance(end, float))
 
 
 def _room(model: BaseModel, x: torch.Tensor) -> float:

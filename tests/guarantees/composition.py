@@ -15,14 +15,15 @@ from tiny.case import normal
 from torch import Tensor
 
 Patch = Callable[[ModelPatcher], ModelPatcher]
-Regime = Callable[[int], object]
+Regime = Callable[[int, int], object]
 BOUNDARY = 5  # the recommended one of eight blocks
 
 
 class InRegimes(Reference):
     """The restatement of a run in whose middle something changes: nothing of one regime is reused in the next.
 
-    `regime` says what is in force at a step; None leaves it to the reference, which looks for control residuals.
+    `regime` says what is in force at (step, call of the step, from 1); None leaves it to the reference, which looks for
+    control residuals.
     """
 
     regime: Regime | None = None
@@ -30,7 +31,7 @@ class InRegimes(Reference):
     def _call(self, *args: Any) -> None:
         super()._call(*args)
         if self.regime is not None:
-            self.control = self.regime(self.step)
+            self.control = self.regime(self.step, self.calls)
 
 
 def restated(

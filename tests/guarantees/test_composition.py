@@ -213,6 +213,7 @@ def test_of_two_models_in_one_run_the_first_decides() -> None:
     assert runs(negative) == []
 
 
+BETWEEN_BLOCKS = "wan_uni3c" in CASES  # earlier releases of the host have no patches between the blocks of Wan
 KINDS = [value for name, value in vars(WrappersMP).items() if name.isupper()]
 
 
@@ -255,7 +256,7 @@ def test_wrappers_patches_and_callbacks_of_other_packs_run_as_often_as_without_t
     alone = sample(accelerate(model), case, steps=STEPS)
     assert {without[kind] for kind in (*KINDS, "pre cfg", "post cfg", "function wrapper")} == {1, STEPS}
     assert without[CallbacksMP.ON_PRE_RUN] == without[CallbacksMP.ON_CLEANUP] == 1
-    assert without["double_block"] == (STEPS * case.depth if case is wan else 0)
+    assert without["double_block"] == (STEPS * case.depth if case is wan and BETWEEN_BLOCKS else 0)
     for order in ("before", "after"):
         seen = Counter[str]()
         accelerated = accelerate(instrumented(model, seen)) if order == "before" else instrumented(accelerate(model), seen)
@@ -265,6 +266,7 @@ def test_wrappers_patches_and_callbacks_of_other_packs_run_as_often_as_without_t
         assert seen == without - Counter({"attention": skipped}), order
 
 
+@pytest.mark.skipif(not BETWEEN_BLOCKS, reason="this release of the host has no such patches")
 def test_a_patch_between_blocks_that_writes_in_place_has_its_effect_on_reuse_steps() -> None:
     def add(args: dict[str, Any]) -> dict[str, Any]:
         args["img"] += 0.3 * normal(args["img"].shape[1:], f"block {args['block_index']}", 0)

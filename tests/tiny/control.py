@@ -31,9 +31,14 @@ class FakeControl(ControlBase):
     def get_control(
         self, x_noisy: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int, transformer_options: dict[str, Any]
     ) -> dict[str, list[Tensor]] | None:
-        """Residuals `[rows, tokens, width]` for every block, or None outside the percent range."""
+        """Residuals `[rows, tokens, width]` for every block, with those of the control before this one in the chain.
+
+        None outside the percent range of every one.
+        """
+        before = self.previous_controlnet
+        previous = before.get_control(x_noisy, t, cond, batched_number, transformer_options) if before else None
         if self.timestep_range is not None and not self.timestep_range[1] <= t[0] <= self.timestep_range[0]:
-            return None
+            return previous
         self.calls += 1
         case = self.case
         assert case.control is not None
@@ -42,7 +47,13 @@ class FakeControl(ControlBase):
         for key, length in zip(case.control, self.lengths, strict=True):
             shape = (1, case.tokens(x_noisy.shape), case.width)
             control[key] = [0.3 * normal(shape, f"{key} {i}", self.seed) * row for i in range(length)]
-        return self.control_merge(control, None, output_dtype=None)
+        return self.control_merge(control, previous, output_dtype=None)
+
+    def copy(self) -> FakeControl:
+        """What the host's nodes attach to a conditioning, with an image, a strength and a range of its own."""
+        copied = FakeControl(self.case, self.strength, self.seed, self.timestep_percent_range)
+        self.copy_to(copied)
+        return copied
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         """Read the lengths of the block lists off the model, as the host calls it before sampling."""
