@@ -1,4 +1,7 @@
-"""Wan 2.1 and 2.2, text- and image-to-video, and their variants (host: comfy/ldm/wan/model.py, v0.30.0)."""
+"""Wan 2.1 and 2.2 and their variants (host: comfy/ldm/wan/{model,model_animate,model_wandancer,ar_model}.py, v0.30.0).
+
+What VACE, S2V, Animate, WanDancer and Uni3C add between the blocks is added by the model's own loop, behind skipped blocks too.
+"""
 
 from blockdance_core.config import Defaults
 from blockdance_core.families._common import HIDDEN

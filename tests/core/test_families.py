@@ -245,3 +245,15 @@ def test_hunyuan_dit_has_long_skips_and_is_never_accelerated(controlled: bool) -
             model(torch.randn(2, 4, 16))
     assert sum(figures.reused for figures in session.figures) == 0
     assert "long skip" in session.warnings[0]
+
+
+def test_the_autoregressive_wan_model_is_refused_by_name() -> None:
+    import comfy.supported_models as models
+    from tiny.case import from_config
+
+    if not hasattr(models, "WAN21_CausalAR_T2V"):
+        pytest.skip("a release of the host without this model")
+    size = {"dim": 48, "ffn_dim": 96, "num_heads": 2, "num_layers": 8, "freq_dim": 32, "text_dim": 32}
+    model = from_config(models.WAN21_CausalAR_T2V, size)
+    with pytest.raises(families.UnsupportedModelError, match=r"CausalWanModel cannot be accelerated: .* key/value cache"):
+        families.find(model.diffusion_model)

@@ -21,30 +21,25 @@ CLIP_TOKENS = 5  # 257 in a real CLIP vision output; the width of 1280 is fixed 
 Draw = Callable[..., Tensor]
 
 
-def _clip(states: Tensor) -> comfy.clip_vision.Output:
+def _clip(draw: Draw, name: str = "clip") -> comfy.clip_vision.Output:
     output = comfy.clip_vision.Output()
-    output["penultimate_hidden_states"] = states
+    output["penultimate_hidden_states"] = draw(name, 1, CLIP_TOKENS, 1280)
     return output
 
 
-def _clip_of(draw: Draw, name: str = "clip") -> comfy.clip_vision.Output:
-    return _clip(draw(name, 1, CLIP_TOKENS, 1280))
-
-
-def _first_frame_kept(side: int, batch: int = 1, frames: int = 3) -> Tensor:
-    mask = torch.ones(batch, 1, frames, side, side)
+def _first_frame_kept(side: int, batch: int = 1) -> Tensor:
+    mask = torch.ones(batch, 1, 3, side, side)
     mask[:, :, 0] = 0
     return mask
 
 
-def _first_frame(draw: Draw, side: int, channels: int = 16) -> dict[str, Any]:
-    """The encoded first frame, and where it is."""
-    return {"concat_latent_image": draw("image", 1, channels, 3, side, side), "concat_mask": _first_frame_kept(side)}
+def _first_frame(draw: Draw, side: int) -> dict[str, Any]:
+    return {"concat_latent_image": draw("image", 1, 16, 3, side, side), "concat_mask": _first_frame_kept(side)}
 
 
 def _wan_case(
     name: str,
-    config: str,
+    config: str,  # a name, because older releases of the host lack some; `since` names further ones
     extras: Extras = lambda draw, batch: {},
     *,
     side: int = 6,
@@ -79,7 +74,7 @@ def _wan_case(
 
 
 def _humo_audio(diffusion_model: nn.Module) -> None:
-    """Channels and width of HuMo's audio projection, 39 M parameters, are constants of its constructor (wan/model.py:1651)."""
+    """Channels and width of HuMo's audio projection, 39 M parameters, are constants of its constructor (wan/model.py:1617)."""
     from comfy.ldm.wan.model import AudioProjModel
 
     diffusion_model.audio_proj = AudioProjModel(
@@ -88,7 +83,7 @@ def _humo_audio(diffusion_model: nn.Module) -> None:
 
 
 class _Motion(nn.Module):
-    """For the host's motion encoder: 25 M parameters, images of 512 x 512, both constants (wan/model_animate.py:437)."""
+    """For the host's motion encoder: 25 M parameters, images of 512 x 512, both constants (wan/model_animate.py:435)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,20 +117,6 @@ class _WithUni3C(Case):
         return patcher
 
 
-def _dancer(draw: Draw, fps: float) -> dict[str, Any]:
-    return {
-        **_first_frame(draw, 8),
-        "clip_vision_output": _clip_of(draw),
-        "clip_vision_output_ref": _clip_of(draw, "clip of the reference"),
-        "audio_embed": draw("music", 1, 10, 35),
-        "audio_inject_scale": 1.0,
-        "fps": fps,
-    }
-
-
-DANCER = {"in_dim": 36, "audio_inject_layers": [0, 4], "music_dim": 16, "music_heads": 2, "music_latent_dim": 16}
-
-
 def _cogvideo_case(name: str, config: str, extras: Extras, **size: Any) -> Case:
     def make() -> comfy.model_base.BaseModel:
         like = {"num_attention_heads": 3, "attention_head_dim": 16, "time_embed_dim": 32, "num_layers": 8}
@@ -151,7 +132,7 @@ def _cogvideo_case(name: str, config: str, extras: Extras, **size: Any) -> Case:
         lists=("blocks",),
         depth=8,
         width=48,
-        # Up to four times the length, the host repeats the shorter text rather than make two calls (conds.py:107), which
+        # Up to four times the length, the host repeats the shorter text rather than make two calls (conds.py:77), which
         # this joint attention sees: 7 against 5 tokens is beyond that.
         text=(7, TEXT[1]),
         extras=extras,
@@ -165,7 +146,7 @@ def _cogvideo_entering(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> 
 
 
 def _mochi() -> comfy.model_base.BaseModel:
-    # The blocks take one width of their MLP alone, 12288 (asymm_models_joint.py:187): built with it, then made narrow.
+    # The blocks take one width of their MLP alone, 12288 (asymm_models_joint.py:199): built with it, then made narrow.
     from comfy.ldm.genmo.joint_model.layers import FeedForward
 
     size = {"hidden_size_x": 48, "hidden_size_y": 32, "depth": 8, "num_heads": 2, "mlp_ratio_x": 256.0}
@@ -204,7 +185,7 @@ CASES = [
         "WAN21_Camera",
         lambda draw, batch: {
             "concat_latent_image": draw("image", 1, 16, 3, 6, 6),  # without a mask: 16 further channels
-            "clip_vision_output": _clip_of(draw),
+            "clip_vision_output": _clip(draw),
             "camera_conditions": draw("camera", 1, 2, 3, 48, 48),
         },
         in_dim=32,
@@ -222,7 +203,7 @@ CASES = [
         "WAN21_FunControl2V",
         lambda draw, batch: {
             "concat_latent_image": draw("control and image", 1, 32, 3, 6, 6),
-            "clip_vision_output": _clip_of(draw),
+            "clip_vision_output": _clip(draw),
             "reference_latents": [draw("reference", 1, 16, 1, 6, 6)],
         },
         in_dim=48,
@@ -248,14 +229,14 @@ CASES = [
         "WAN21_T2V",
         lambda draw, batch: {"time_dim_concat": draw("subjects", 1, 16, 2, 6, 6)},
     ),
-    _wan_case(  # references of other sizes as tokens behind the video's; as old as SCAIL-2
+    _wan_case(  # references of other sizes as tokens behind the video's
         "wan_context_latents",
         "WAN21_T2V",
         lambda draw, batch: {"context_latents": [draw("first", 1, 16, 1, 6, 4), draw("second", 1, 16, 2, 4, 4)]},
-        since=("WAN21_SCAIL2",),
+        since=("WAN21_SCAIL2",),  # as old as these
     ),
     _wan_case("wan_flow_rvs", "WAN21_FlowRVS"),
-    _wan_case(  # 17B; the reference is one more frame behind the video
+    _wan_case(  # 17B: the reference is one more frame behind the video
         "wan_humo",
         "WAN21_HuMo",
         lambda draw, batch: {
@@ -265,20 +246,11 @@ CASES = [
         in_dim=36,
         shrink=_humo_audio,
     ),
-    _wan_case(  # 1.7B, no further channels
-        "wan_humo_small",
-        "WAN21_HuMo",
-        lambda draw, batch: {
-            "audio_embed": draw("audio", 1, 3, 8, 5, 8),
-            "reference_latents": [draw("reference", 1, 16, 1, 6, 6)],
-        },
-        shrink=_humo_audio,
-    ),
     _wan_case(  # a reference before the video, the poses at half its size behind it
         "wan_scail",
         "WAN21_SCAIL",
         lambda draw, batch: {
-            "clip_vision_output": _clip_of(draw),
+            "clip_vision_output": _clip(draw),
             "reference_latents": [draw("reference", 1, 16, 1, 8, 8)],
             "pose_video_latent": draw("pose", 1, 16, 3, 4, 4),
         },
@@ -289,7 +261,7 @@ CASES = [
         "wan_scail2",
         "WAN21_SCAIL2",
         lambda draw, batch: {
-            "clip_vision_output": _clip_of(draw),
+            "clip_vision_output": _clip(draw),
             "reference_latents": [draw(f"reference {i}", 1, 16, 1, 8, 8) for i in range(2)],
             "pose_video_latent": draw("pose", 1, 16, 3, 4, 4),
             "driving_mask_28ch": draw("driving mask", 1, 3, 28, 4, 4),
@@ -298,6 +270,7 @@ CASES = [
         },
         side=8,
         noise_mask=lambda batch: _first_frame_kept(8, batch),
+        since=("SeedVR2",),  # as old as several references
         in_dim=20,
     ),
     _wan_case(  # the audio is added behind blocks 0 and 4, in place, to the video's tokens alone
@@ -313,12 +286,12 @@ CASES = [
         audio_dim=16,
         audio_inject_layers=[0, 4],
     ),
-    _wan_case(  # the face is added behind blocks 0 and 5; a depth that is no multiple of 5 fails (wan/model_animate.py:445)
+    _wan_case(  # the face is added behind blocks 0 and 5; a depth that is no multiple of 5 fails (wan/model_animate.py:440)
         "wan22_animate",
         "WAN22_Animate",
         lambda draw, batch: {
             **_first_frame(draw, 6),
-            "clip_vision_output": _clip_of(draw),
+            "clip_vision_output": _clip(draw),
             "pose_video_latent": draw("pose", 1, 16, 2, 6, 6),
             "face_video_pixels": draw("face", 1, 3, 5, 4, 4),
         },
@@ -330,18 +303,22 @@ CASES = [
     _wan_case(  # the music is added behind blocks 0 and 4, in place: 8 groups of tokens a frame, so a side of 8
         "wan22_dancer",
         "WAN22_WanDancer",
-        lambda draw, batch: _dancer(draw, 30.0),
+        lambda draw, batch: {
+            **_first_frame(draw, 8),
+            "clip_vision_output": _clip(draw),
+            "clip_vision_output_ref": _clip(draw, "clip of the reference"),
+            "audio_embed": draw("music", 1, 10, 35),
+            "audio_inject_scale": 1.0,
+            "fps": 30.0,
+        },
         side=8,
-        **DANCER,
+        in_dim=36,
+        audio_inject_layers=[0, 4],
+        music_dim=16,
+        music_heads=2,
+        music_latent_dim=16,
     ),
-    _wan_case(  # another embedding and another head for few frames a second
-        "wan22_dancer_global",
-        "WAN22_WanDancer",
-        lambda draw, batch: _dancer(draw, 7.5),
-        side=8,
-        **DANCER,
-    ),
-    _wan_case("wan_uni3c", "WAN21_T2V", kind=_WithUni3C, since=("JoyImage",)),  # a model as new as Uni3C
+    _wan_case("wan_uni3c", "WAN21_T2V", kind=_WithUni3C, since=("JoyImage",)),  # as old as Uni3C
     Case(
         name="mochi",
         family="mochi",
