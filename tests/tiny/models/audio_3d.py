@@ -20,10 +20,10 @@ Parts = tuple[tuple[int, ...], ...]
 
 
 class Entry(dict[str, Any]):
-    """A dict in a conditioning. `+ 1` gives another one with the same shapes: what can be a number, is one more."""
+    """A dict in a conditioning. `+ 1` gives another one, with the same counts and shapes."""
 
     def __add__(self, other: int) -> Entry:
-        return Entry({key: value + other if isinstance(value, Tensor) else value for key, value in self.items()})
+        return Entry({key: value + other if isinstance(value, (Tensor, float)) else value for key, value in self.items()})
 
 
 # ACE-Step
@@ -320,12 +320,16 @@ CASES = [
     ),
     _ltxav_case("ltxav"),
     _ltxav_case("ltxav_video", parts=(), latent_shape=(16, 3, 4, 4), patch=(1, 1, 1)),
-    _ltxav_case("ltxav_i2v", noise_mask=_first_frame_kept),
-    _ltxav_case(  # 2.3, with a reference voice before the sound
+    _ltxav_case(  # 2.3: the first frame is given, the last one guides, and a voice to go by stands before the sound
         "ltxav_23",
         text=48,
         extra={"caption_proj_before_connector": True, "cross_attention_adaln": True, "apply_gated_attention": True},
-        extras=lambda draw, batch: {"ref_audio": Entry(tokens=normal((1, 3, 128), "reference", 0))},
+        extras=lambda draw, batch: {
+            "keyframe_idxs": 8 * normal((1, 3, 16, 2), "guide", 0).abs(),
+            "guide_attention_entries": [Entry(pre_filter_count=16, strength=0.5)],
+            "ref_audio": Entry(tokens=normal((1, 3, 128), "voice", 0)),
+        },
+        noise_mask=_first_frame_kept,
     ),
     _minimax_case("minimax_h3"),
     _minimax_case(
