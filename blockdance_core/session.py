@@ -82,8 +82,7 @@ class ModelState:
         choice, predicted, cache = self.effective.cache_device, self.predicted_bytes, self.cache
         cache.limit = _LIMIT * predicted
         if choice == "cpu":
-            cache.move(torch.device("cpu"), cache.keep)
-            return ()
+            return cache.move(torch.device("cpu"), cache.keep)
         room = info.room()
         if choice == "gpu" or predicted <= room:
             cache.limit = min(cache.limit, max(room, 0.0))
@@ -91,10 +90,8 @@ class ModelState:
         size = f"{predicted / 2**20:.0f} MiB of features do not fit the {max(room, 0) / 2**20:.0f} MiB left on {info.device}"
         if cache.keep > 1 and predicted / cache.keep <= room:
             self.predicted_bytes = predicted // cache.keep
-            cache.move(info.device, 1)
-            return (f"{size}: no history is kept, forecasts are of order 0",)
-        cache.move(torch.device("cpu"), cache.keep)
-        return (f"{size}: kept in CPU memory",)
+            return (f"{size}: no history is kept, forecasts are of order 0", *cache.move(info.device, 1))
+        return (f"{size}: kept in CPU memory", *cache.move(torch.device("cpu"), cache.keep))
 
 
 class Session:

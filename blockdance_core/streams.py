@@ -11,7 +11,6 @@ from torch import Tensor
 from blockdance_core.forecast import Forecast
 from blockdance_core.interception import Feature, nbytes
 
-OutOfMemoryError = torch.cuda.OutOfMemoryError  # the name that older releases of torch have, too
 StreamKey = Hashable
 """Tells one stream of evaluations from every other: model, conditioning, window, occurrence, patches, shape, device."""
 
@@ -38,6 +37,12 @@ class Entry:
 NOTHING_STORED = "nothing stored for this conditioning in this group (it is new, or its shape, control or patches changed)"
 
 NO_MEMORY = "no memory left for the cache"
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed. Not every device has a class for that: on the CPU, only the message tells."""
+    named = isinstance(error, torch.cuda.OutOfMemoryError)  # the name that older releases of torch have, too
+    return named or any(text in str(error) for text in ("out of memory", "DefaultCPUAllocator"))
 
 
 class FeatureCache:
@@ -85,7 +90,9 @@ class FeatureCache:
         bases = base if entry.anchored and base is not None else (None,) * len(output)
         try:
             entry.feature = tuple(self._kept(part, of) for part, of in zip(output, bases, strict=True))
-        except OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             return NO_MEMORY
         self._replace(key, boundary, [entry, *history])
         return None
@@ -125,7 +132,9 @@ class FeatureCache:
             return tuple(
                 self._combined(index, chunks, current, device) for index in range(len(chunks[0][0][1].feature))
             )
-        except OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             return NO_MEMORY
 
     def _combined(
@@ -163,13 +172,24 @@ class FeatureCache:
             for slot in [slot for slot in self._entries if slot[0] == key]:
                 self._replace(*slot, [])
 
-    def move(self, device: torch.device, keep: int) -> None:
-        """Keep entries on `device` from now on, `keep` per stream; those stored already follow."""
+    def move(self, device: torch.device, keep: int) -> tuple[str, ...]:
+        """Keep entries on `device` from now on, `keep` per stream; those stored already follow.
+
+        Returns:
+            Why those were dropped instead, if they were.
+        """
         self.device, self.keep = device, keep
-        for slot, history in list(self._entries.items()):
-            self._replace(*slot, history[:keep])
-            for entry in history[:keep]:
-                entry.feature = tuple(None if part is None else part.to(device) for part in entry.feature)
+        try:
+            for slot, history in list(self._entries.items()):
+                self._replace(*slot, history[:keep])
+                for entry in history[:keep]:
+                    entry.feature = tuple(None if part is None else part.to(device) for part in entry.feature)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            self.clear()
+            return (NO_MEMORY,)
+        return ()
 
     def clear(self) -> None:
         """Drop every tensor."""

@@ -10,7 +10,7 @@ import torch
 from blockdance_core.families import FlowCheck
 from blockdance_core.interception import Feature, Passage, cloned, nbytes, signature
 from blockdance_core.schedule import REUSE, Step
-from blockdance_core.streams import NO_MEMORY, Entry, OutOfMemoryError, StreamKey
+from blockdance_core.streams import NO_MEMORY, Entry, StreamKey, out_of_memory
 
 if TYPE_CHECKING:
     from blockdance_core.session import ModelState
@@ -120,7 +120,9 @@ class Visit:
                 self.fallbacks.append(injected)
             if self.state.cache.forecast.anchored:
                 self.input = cloned(feature)
-        except OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             self.fallbacks.append(NO_MEMORY)
             self.record = ()
         return None
@@ -166,7 +168,9 @@ class Visit:
     def _store(self, index: int, output: Feature) -> None:
         try:
             base = None if self.input is None else self._in_layout_of(index, self.input)
-        except OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             self.fallbacks.append(NO_MEMORY)
             return
         rows = self.info.rows // len(self.streams)
