@@ -6,6 +6,8 @@ import pytest
 from harness import REUSED, STEPS, accelerate, every_case, last_run, model_of
 from tiny import Case, count_calls, sample
 
+pytestmark = pytest.mark.smoke
+
 
 def per_step(case: Case, accelerated: object, blocks: list, **settings: object) -> list[list[int]]:
     totals: list[list[int]] = []

@@ -16,6 +16,8 @@ from harness import FORECASTS, REUSED, STEPS, accelerate, assert_close, distance
 from tiny import CASES, Case, fake_control, sample
 from torch import Tensor
 
+pytestmark = pytest.mark.smoke
+
 controlled = pytest.mark.parametrize("case", [case for case in CASES.values() if case.control], ids=lambda c: c.name)
 
 

@@ -7,6 +7,8 @@ import torch
 from harness import STEPS, accelerate, every_case, last_run, model_of
 from tiny import Case, count_calls, sample
 
+pytestmark = pytest.mark.smoke
+
 OFF = {
     "disabled": {"enabled": False},
     "n_1": {"group_size": 1},

@@ -14,6 +14,8 @@ from tiny import CASES, Case, count_calls, fake_control, record_outputs, sample
 from blockdance_core import families
 from blockdance_core.interception import Feature, cloned, intercept, taps
 
+pytestmark = pytest.mark.smoke
+
 
 class Replay:
     """Injects recorded outputs, call by call; a call that has to compute does, and its outputs are dropped."""

@@ -14,6 +14,8 @@ from harness import STEPS, accelerate, every_case, model_of, runs
 from tiny import CASES, Case, sample
 from torch import Tensor
 
+pytestmark = pytest.mark.smoke
+
 
 def frozen(value: Any) -> Any:
     """Containers by content, everything else by identity."""

@@ -8,6 +8,8 @@ from comfy.samplers import SAMPLER_NAMES
 from harness import STEPS, accelerate, assert_close, last_run, model_of, reused_steps, runs
 from tiny import CASES, Case, count_calls, sample, sample_custom
 
+pytestmark = pytest.mark.smoke
+
 SAMPLERS = ["euler", "dpmpp_2m", "dpmpp_2m_sde", "heun", "uni_pc", "ddim", "dpm_2", "dpm_adaptive", "euler_ancestral"]
 PATHS = {"ksampler": sample, "custom_advanced": sample_custom}
 sd3 = CASES["sd3"]

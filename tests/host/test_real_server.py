@@ -17,6 +17,8 @@ import pytest
 from host import launcher, server
 from PIL import Image
 
+pytestmark = pytest.mark.smoke
+
 WORKFLOW = json.loads((Path(__file__).parents[2] / "demo" / "workflow_api.json").read_text(encoding="utf-8"))
 SECONDS = 240
 

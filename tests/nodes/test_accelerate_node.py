@@ -14,6 +14,8 @@ from harness import STEPS, model_of
 from tiny import CASES, sample
 from torch import nn
 
+pytestmark = pytest.mark.smoke
+
 DEFAULTS: dict[str, Any] = {"enabled": True, "preset": "auto", "group_size": 2}
 
 

@@ -11,6 +11,8 @@ from comfy import model_management
 from harness import STEPS, model_of
 from tiny import CASES, sample
 
+pytestmark = pytest.mark.smoke
+
 KEYS = {
     "schema_version", "steps", "sigmas", "evaluations", "window", "decisions", "boundary", "blocks_total", "blocks_run",
     "reused_calls", "fallbacks", "dit_ms", "cached_bytes", "model_family", "warnings", "config",
