@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import comfy.sample
@@ -15,6 +16,7 @@ from tiny import CASES, Case, count_calls, sample, split_calls
 from torch import Tensor
 
 
+@pytest.mark.smoke
 @every_case
 def test_batched_and_split_conditionings_agree(case: Case) -> None:
     accelerated = accelerate(model_of(case), forecast="taylor")
@@ -53,6 +55,7 @@ def test_a_split_that_starts_or_ends_in_mid_run_still_reuses(case: Case, at: int
         assert run["reused_calls"] > 0
 
 
+@pytest.mark.smoke
 def test_conditionings_of_different_length_reuse_their_own() -> None:
     case = CASES["flux"]
     accelerated = accelerate(model_of(case))
@@ -79,6 +82,7 @@ def run_rows(model: ModelPatcher, case: Case, latents: Tensor, conds: Any) -> Te
                   disable_noise=True)
 
 
+@pytest.mark.smoke
 def test_area_conditioning_that_shares_a_uuid_across_cond_and_uncond_stays_apart() -> None:
     case = CASES["sd3"]
     model = model_of(case)
@@ -127,6 +131,7 @@ def guided(model: ModelPatcher, scale: float, layer: int | None) -> ModelPatcher
     return clone
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("layer", [None, 1, 3], ids=["sag", "slg_1", "slg_3"])
 @pytest.mark.parametrize("forecast", ["hold", "taylor"])
 def test_an_extra_guidance_pass_is_its_own_stream(layer: int | None, forecast: str) -> None:
@@ -146,15 +151,18 @@ def test_an_extra_guidance_pass_is_its_own_stream(layer: int | None, forecast: s
         assert_close(found, sample(with_guidance, case, steps=STEPS), 1e-3)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("schedule", ["standard_static", "standard_uniform", "batched"])
 def test_context_windows_are_streams_of_their_own(schedule: str) -> None:
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
     case = CASES["wan_t2v"]
     latent = torch.cat([case.latent(seed=seed) for seed in range(3)], 2)  # nine frames
+    fix = "causal_window_fix"  # on by default where the host has it
+    plain = {fix: False} if fix in inspect.signature(ContextWindowsManualNode.execute).parameters else {}
     windowed = ContextWindowsManualNode.execute(
         model_of(case), context_length=4, context_overlap=1, context_schedule=schedule, context_stride=1,
-        closed_loop=False, fuse_method="pyramid", dim=2, freenoise=False, causal_window_fix=False).result[0]
+        closed_loop=False, fuse_method="pyramid", dim=2, freenoise=False, **plain).result[0]
     accelerated = accelerate(windowed, forecast="delta")
     found = sample(accelerated, case, steps=STEPS, latent=latent)
     run = last_run(accelerated)
@@ -198,6 +206,7 @@ def test_two_models_in_one_run_keep_their_features_apart() -> None:
     assert torch.equal(dual(accelerated, other, case), found)
 
 
+@pytest.mark.smoke
 def test_whatever_tells_two_streams_apart_is_in_their_key() -> None:
     """Occurrence numbers hide most mix-ups; they shift where one of two guidance nodes ends or windows drift."""
     from comfy.context_windows import IndexListContextWindow
