@@ -15,33 +15,39 @@ from tiny.case import normal
 from torch import Tensor
 
 Patch = Callable[[ModelPatcher], ModelPatcher]
-Regime = Callable[[int, int], object]
+Streams = Callable[[int, int], object]
 BOUNDARY = 5  # the recommended one of eight blocks
 
 
-class InRegimes(Reference):
-    """The restatement of a run in whose middle something changes: nothing of one regime is reused in the next.
+class InStreams(Reference):
+    """The restatement of a run in whose middle something changes: `streams` says what a call at a step is, from 1.
 
-    `regime` says what is in force at (step, call of the step, from 1); None leaves it to the reference, which looks for
-    control residuals.
+    What was stored for one is never reused for another. None leaves it to the reference: calls in order, with and
+    without control residuals.
     """
 
-    regime: Regime | None = None
+    streams: Streams | None = None
+    number = 0
+
+    def callback(self, step: int, *args: Any) -> None:
+        super().callback(step, *args)
+        self.number = 0
 
     def _call(self, *args: Any) -> None:
         super()._call(*args)
-        if self.regime is not None:
-            self.control = self.regime(self.step, self.calls)
+        self.number += 1
+        if self.streams is not None:
+            self.control, self.calls = self.streams(self.step, self.number), 0
 
 
 def restated(
     case: Case, model: ModelPatcher, *, forecast: str = "taylor", group_size: int = 2, boundary: int = BOUNDARY,
-    regime: Regime | None = None, run: Callable[..., Tensor] = sample, **settings: Any,
+    streams: Streams | None = None, run: Callable[..., Tensor] = sample, **settings: Any,
 ) -> Tensor:
     """What `accelerate` with these settings should give, from a model without it."""
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
-    reference = InRegimes(case, forecast, boundary, sigmas, plan(STEPS, 0.25, 1.0, group_size))
-    reference.regime = regime
+    reference = InStreams(case, forecast, boundary, sigmas, plan(STEPS, 0.25, 1.0, group_size))
+    reference.streams = streams
     with reference.watch(model):
         return run(model, case, steps=STEPS, callback=reference.callback, **settings)
 
@@ -78,3 +84,10 @@ def sigmas_of(model: ModelPatcher, steps: int = STEPS) -> Tensor:
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
     assert isinstance(sigmas, torch.Tensor)
     return sigmas
+
+
+def in_force(model: ModelPatcher, *ranges: tuple[float, float]) -> Streams:
+    """A call of a step, in the ranges of noise level that hold the step, as the host decides it."""
+    sigmas, percent_to_sigma = sigmas_of(model), model.get_model_object("model_sampling").percent_to_sigma
+    limits = [(percent_to_sigma(start), percent_to_sigma(end)) for start, end in ranges]
+    return lambda step, call: (call, *(bool(end <= sigmas[step]) and bool(sigmas[step] <= start) for start, end in limits))

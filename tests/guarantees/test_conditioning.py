@@ -11,7 +11,7 @@ import pytest
 import torch
 from comfy.controlnet import ControlBase
 from comfy.model_patcher import ModelPatcher
-from guarantees.composition import Regime, lora_of, restated, sigmas_of
+from guarantees.composition import Streams, in_force, lora_of, restated, sigmas_of
 from harness import STEPS, accelerate, assert_close, distance, last_run, model_of, reused_steps
 from tiny import CASES, Case, Conditioning, fake_control, sample, split_calls
 from tiny.case import normal
@@ -30,16 +30,9 @@ def controlled(conds: Pair, case: Case, seed: int, start: float, end: float, str
                                                             start, end)
 
 
-def in_force(model: ModelPatcher, *ranges: tuple[float, float]) -> Regime:
-    """Which ranges of noise level hold a step, as the host decides it."""
-    sigmas, percent_to_sigma = sigmas_of(model), model.get_model_object("model_sampling").percent_to_sigma
-    limits = [(percent_to_sigma(start), percent_to_sigma(end)) for start, end in ranges]
-    return lambda step, _: tuple(bool(end <= sigmas[step]) and bool(sigmas[step] <= start) for start, end in limits)
-
-
-def check(case: Case, model: ModelPatcher, conds: Pair, regime: Regime, forecast: str) -> dict[str, Any]:
+def check(case: Case, model: ModelPatcher, conds: Pair, streams: Streams, forecast: str) -> dict[str, Any]:
     """Equal to the restatement in groups of four, in which something changes."""
-    expected = restated(case, model, forecast=forecast, group_size=4, regime=regime, conds=conds)
+    expected = restated(case, model, forecast=forecast, group_size=4, streams=streams, conds=conds)
     accelerated = accelerate(model, group_size=4, forecast=forecast)
     assert_close(expected, sample(accelerated, case, steps=STEPS, conds=conds))
     assert distance(expected, sample(model, case, steps=STEPS, conds=conds)) > 1e-3
@@ -56,9 +49,9 @@ def test_control_that_takes_over_from_another_of_equal_shapes_drops_the_cache(ca
     conds = case.conds(model)
     for seed, (start, end) in enumerate(ranges):
         conds = controlled(conds, case, seed, start, end)
-    regime = in_force(model, *ranges)
-    run = check(case, model, conds, regime, forecast)
-    changes = [step for step in range(4, STEPS - 1) if regime(step, 1) != regime(step - 1, 1)]
+    streams = in_force(model, *ranges)
+    run = check(case, model, conds, streams, forecast)
+    changes = [step for step in range(4, STEPS - 1) if streams(step, 1) != streams(step - 1, 1)]
     assert len(changes) == 1
     assert changes[0] not in (3, 7), "in the middle of a group"
     assert run["decisions"][changes[0]] == "cache"
@@ -233,7 +226,7 @@ def test_a_lora_hook_that_changes_in_mid_group_drops_the_cache(forecast: str) ->
     assert "cache" in run["decisions"][5:7]
     constant = scheduled_lora(model, (0.7, 0.0))
     conds = (hooked(positive, constant), hooked(negative, constant))
-    run = check(sd3, model, conds, lambda *_: None, forecast)
+    run = check(sd3, model, conds, lambda _, call: call, forecast)
     assert (reused_steps(run), run["fallbacks"]) == ([4, 5, 6, 8], {})
 
 
@@ -244,7 +237,7 @@ def test_a_lora_hook_on_one_prompt_leaves_the_other_one_its_features() -> None:
     conds = (hooked(positive, scheduled_lora(model, (1.0, 0.0), (0.2, 0.56))), negative)
     weaker = in_force(model, (0.56, 1.0))
     expected = restated(sd3, model, forecast="delta", group_size=4, conds=conds,
-                        regime=lambda step, call: call == 1 and weaker(step, call))  # the prompt's call is the first
+                        streams=lambda step, call: weaker(step, call) if call == 1 else call)  # the prompt's is the first
     accelerated = accelerate(model, group_size=4, forecast="delta")
     found = sample(accelerated, sd3, steps=STEPS, conds=conds)
     run = last_run(accelerated)

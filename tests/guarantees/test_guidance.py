@@ -1,0 +1,170 @@
+"""Guarantees beside guidance nodes and guiders: an extra pass is its own stream, and what they change stays changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from guarantees.composition import check_both_orders, in_force, restated, sigmas_of
+from harness import STEPS, accelerate, assert_close, distance, last_run, model_of, reused_steps
+from tiny import CASES, Case, sample, split_calls
+from torch import Tensor
+
+sd3, flux = CASES["sd3"], CASES["flux"]
+Node = Callable[[ModelPatcher], ModelPatcher]
+
+
+def _rescale(model: ModelPatcher) -> ModelPatcher:
+    from comfy_extras.nodes_model_advanced import RescaleCFG
+
+    return RescaleCFG().patch(model, 0.7)[0]
+
+
+def _linear(model: ModelPatcher) -> ModelPatcher:
+    from comfy_extras.nodes_video_model import VideoLinearCFGGuidance
+
+    return VideoLinearCFGGuidance().patch(model, 1.0)[0]
+
+
+def node(module: str, name: str, *values: Any, **named: Any) -> Node:
+    """A node of comfy_extras with the values of its widgets."""
+    def patched(model: ModelPatcher) -> ModelPatcher:
+        found = getattr(pytest.importorskip(f"comfy_extras.{module}"), name)
+        known = {widget.id for widget in found.define_schema().inputs}
+        if not named.keys() <= known:
+            pytest.skip(f"{name} of this release of the host has no {', '.join(named.keys() - known)}")
+        return found.execute(model, *values, **named).result[0]
+
+    return patched
+
+
+ONE_CALL = {
+    "rescale": _rescale,
+    "linear": _linear,
+    "zero_star": node("nodes_cfg", "CFGZeroStar"),
+    "norm": node("nodes_cfg", "CFGNorm", 1.0),
+    "norm_before": node("nodes_cfg", "CFGNorm", 1.0, pre_cfg=True),
+    "mahiro": node("nodes_mahiro", "Mahiro"),
+    "apg": node("nodes_apg", "APG", 0.5, 5.0, -0.5),
+    "tangential": node("nodes_tcfg", "TCFG"),
+    "fresca": node("nodes_fresca", "FreSca", 1.0, 1.5, 1),
+    "epsilon": node("nodes_eps", "EpsilonScaling", 1.05),
+    "temporal_score": node("nodes_eps", "TemporalScoreRescaling", 0.9, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", ONE_CALL)
+def test_guidance_without_an_extra_pass_acts_on_reused_steps(name: str) -> None:
+    check_both_orders(sd3, model_of(sd3), ONE_CALL[name])
+
+
+def test_normalized_attention_guidance_acts_in_the_blocks_that_run() -> None:
+    check_both_orders(flux, model_of(flux), node("nodes_nag", "NAGuidance", 4.0, 0.5, 2.0))
+
+
+def _perp_neg(model: ModelPatcher) -> ModelPatcher:
+    return node("nodes_perpneg", "PerpNeg", sd3.conds(model, seed=5)[0], 1.0)(model)
+
+
+@pytest.mark.parametrize("patch", [
+    node("nodes_slg", "SkipLayerGuidanceDiTSimple", 0.0, 1.0, "2", ""),
+    node("nodes_sd3", "SkipLayerGuidanceSD3", "2, 7", 2.0, 0.0, 1.0),
+    _perp_neg,
+], ids=["slg_simple", "slg_sd3", "perp_neg"])
+@pytest.mark.parametrize("forecast", ["hold", "taylor"])
+def test_guidance_with_an_extra_pass_keeps_it_apart(patch: Node, forecast: str) -> None:
+    check_both_orders(sd3, model_of(sd3), patch, forecast=forecast, calls=2)
+
+
+def test_an_extra_pass_that_changes_nothing_still_changes_nothing() -> None:
+    """PerturbedAttentionGuidance acts on U-Nets; here its pass equals the prompt's own, and their difference is zero."""
+    guided = node("nodes_pag", "PerturbedAttentionGuidance", 3.0)
+    model = model_of(sd3)
+    expected = sample(accelerate(model, forecast="taylor"), sd3, steps=STEPS)
+    for accelerated in (accelerate(guided(model), forecast="taylor"), guided(accelerate(model, forecast="taylor"))):
+        assert_close(expected, sample(accelerated, sd3, steps=STEPS))
+        assert (last_run(accelerated)["calls"], last_run(accelerated)["reused_calls"]) == ([2] * STEPS, 6)
+
+
+@pytest.mark.parametrize("percent", [(0.0, 0.56), (0.56, 1.0)], ids=["ends", "begins"])
+@pytest.mark.parametrize("name", ["SkipLayerGuidanceDiTSimple", "SkipLayerGuidanceDiT"])
+def test_a_pass_that_begins_or_ends_in_mid_group_takes_nothing_of_another(name: str, percent: tuple[float, float]) -> None:
+    simple = name.endswith("Simple")  # it changes the negative prompt's pass; the other adds a third
+    named = {"start_percent": percent[0], "end_percent": percent[1], "double_layers": "2", "single_layers": ""}
+    model = node("nodes_slg", name, **named, **({} if simple else {"scale": 2.0}))(model_of(sd3))
+    skips = in_force(model, percent)
+
+    def streams(step: int, call: int) -> object:  # the host runs the negative prompt first, the simple node last
+        swapped = simple and skips(step, call) == (call, True)
+        return (("positive", "skipping") if swapped else ("negative", "positive", "third"))[call - 1]
+
+    accelerated = accelerate(model, group_size=4, forecast="delta")
+    with split_calls():
+        expected = restated(sd3, model, forecast="delta", group_size=4, streams=streams)
+        assert_close(expected, sample(accelerated, sd3, steps=STEPS))
+    run = last_run(accelerated)
+    new = 0 if percent[0] == 0.0 and not simple else 1
+    assert sum(run["fallbacks"].values()) == new
+    assert run["reused_calls"] == sum(run["calls"][step] for step in (4, 5, 6, 8)) - new
+    assert distance(expected, sample(model, sd3, steps=STEPS)) > 1e-3
+
+
+def sampled(guider: Any, model: ModelPatcher, case: Case, callback: Any, mask: Tensor | None = None) -> Tensor:
+    latent = case.latent()
+    return guider.sample(comfy.sample.prepare_noise(latent, 0), latent, comfy.samplers.sampler_object("euler"),
+                         sigmas_of(model), denoise_mask=mask, callback=callback, disable_pbar=True, seed=0)
+
+
+def three_prompts(kind: str) -> Callable[..., Tensor]:
+    def run(model: ModelPatcher, case: Case, *, steps: int, callback: Any = None) -> Tensor:
+        from comfy_extras.nodes_custom_sampler import DualCFGGuider
+        from comfy_extras.nodes_perpneg import PerpNegGuider
+
+        (one, negative), other = case.conds(model), case.conds(model, seed=4)[0]
+        if kind == "perp_neg":
+            guider = PerpNegGuider.execute(model, one, negative, other, 4.0, 0.8).result[0]
+        else:
+            longer = [[torch.cat([other[0][0]] * 2, 1), other[0][1]]]
+            guider = DualCFGGuider.execute(model, one, longer, negative, 3.0, 2.0, kind).result[0]
+        return sampled(guider, model, case, callback)
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["regular", "nested", "perp_neg"])
+@pytest.mark.parametrize("forecast", ["hold", "taylor"])
+def test_guiders_with_three_prompts_reuse_each_of_them(kind: str, forecast: str) -> None:
+    model, run = model_of(sd3), three_prompts(kind)
+    expected = restated(sd3, model, forecast=forecast, run=run)
+    accelerated = accelerate(model, forecast=forecast)
+    assert_close(expected, run(accelerated, sd3, steps=STEPS))
+    record = last_run(accelerated)
+    assert (reused_steps(record), record["fallbacks"]) == ([4, 6, 8], {})
+    assert record["calls"] == [1 if kind == "perp_neg" else 2] * STEPS
+    assert distance(expected, run(model, sd3, steps=STEPS)) > 1e-3
+
+
+def test_a_mask_of_what_is_to_change_reuses_under_differential_diffusion() -> None:
+    from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+
+    def patched(model: ModelPatcher) -> ModelPatcher:
+        return DifferentialDiffusion.execute(model).result[0]
+
+    def run(model: ModelPatcher, case: Case, *, steps: int, callback: Any = None) -> Tensor:
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(*case.conds(model))
+        guider.set_cfg(3.0)
+        return sampled(guider, model, case, callback, torch.linspace(0, 1, 8).expand(1, 8, 8))
+
+    model = model_of(sd3)
+    expected = restated(sd3, patched(model), run=run)
+    for accelerated in (patched(accelerate(model, forecast="taylor")), accelerate(patched(model), forecast="taylor")):
+        assert_close(expected, run(accelerated, sd3, steps=STEPS))
+        assert reused_steps(last_run(accelerated)) == [4, 6, 8]
+    assert distance(expected, run(patched(model), sd3, steps=STEPS)) > 1e-3
+    assert distance(expected, restated(sd3, model, run=run)) > 1e-3
