@@ -83,7 +83,7 @@ def _humo_audio(diffusion_model: nn.Module) -> None:
 
 
 class _Motion(nn.Module):
-    """For the host's motion encoder: 25 M parameters, images of 512 x 512, both constants (wan/model_animate.py:435)."""
+    """For the host's motion encoder: 23 M parameters, images of 512 x 512, both constants (wan/model_animate.py:435)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ CASES = [
         "wan_context_latents",
         "WAN21_T2V",
         lambda draw, batch: {"context_latents": [draw("first", 1, 16, 1, 6, 4), draw("second", 1, 16, 2, 4, 4)]},
-        since=("WAN21_SCAIL2",),  # as old as these
+        since=("WAN21_SCAIL2",),  # as new as these
     ),
     _wan_case("wan_flow_rvs", "WAN21_FlowRVS"),
     _wan_case(  # 17B: the reference is one more frame behind the video
@@ -270,7 +270,7 @@ CASES = [
         },
         side=8,
         noise_mask=lambda batch: _first_frame_kept(8, batch),
-        since=("SeedVR2",),  # as old as several references
+        since=("SeedVR2",),  # as new as several references
         in_dim=20,
     ),
     _wan_case(  # the audio is added behind blocks 0 and 4, in place, to the video's tokens alone
@@ -312,13 +312,14 @@ CASES = [
             "fps": 30.0,
         },
         side=8,
+        since=("JoyImage",),  # releases before that cannot run it in a batch
         in_dim=36,
         audio_inject_layers=[0, 4],
         music_dim=16,
         music_heads=2,
         music_latent_dim=16,
     ),
-    _wan_case("wan_uni3c", "WAN21_T2V", kind=_WithUni3C, since=("JoyImage",)),  # as old as Uni3C
+    _wan_case("wan_uni3c", "WAN21_T2V", kind=_WithUni3C, since=("JoyImage",)),  # as new as Uni3C
     Case(
         name="mochi",
         family="mochi",
