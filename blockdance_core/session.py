@@ -128,7 +128,9 @@ class Session:
         self.sigma = math.nan
         self.condition: Hashable = None
         self._occurrences: defaultdict[Hashable, int] = defaultdict(int)
-        self._lock = threading.Lock()  # on several GPUs the host calls one model per device, each from a thread
+        self._lock = threading.Condition()  # on several GPUs the host calls one model per device, each from a thread
+        self._under_way = 0
+        self._closed = False
 
     def begin_evaluation(self, sigma: float, condition: Hashable = None) -> None:
         """A new evaluation of the model at `sigma` begins; its streams are numbered afresh.
@@ -156,9 +158,24 @@ class Session:
             device: Where it runs.
             describe: Gathers what the host says about the call; asked only where something is to be reused.
         """
-        if not self.figures:
+        with self._lock:
+            planned = bool(self.figures) and not self._closed
+            self._under_way += planned
+        if not planned:
             yield
             return
+        try:
+            with self._planned(owner, diffusion_model, device, describe):
+                yield
+        finally:
+            with self._lock:
+                self._under_way -= 1
+                self._lock.notify_all()
+
+    @contextlib.contextmanager
+    def _planned(
+        self, owner: object, diffusion_model: nn.Module, device: torch.device, describe: Callable[[], CallInfo]
+    ) -> Iterator[None]:
         figures = self.figures[self.step]
         with self._lock:
             state = self._state(owner, diffusion_model)
@@ -190,7 +207,14 @@ class Session:
         self.warnings += [text for text in dict.fromkeys(texts) if text not in self.warnings]
 
     def close(self) -> None:
-        """The run is over, however it ended: drop every tensor."""
+        """The run is over, however it ended: drop every tensor.
+
+        Waits for calls that other threads still make. After an error on one GPU the host does not, and the next run may
+        not begin before they have put back the blocks.
+        """
+        with self._lock:
+            self._closed = True
+            self._lock.wait_for(lambda: not self._under_way)
         if self.evaluations:
             self._tell()
         self.listener = None  # it refers back to the session: a cycle would keep the model until the next collection
