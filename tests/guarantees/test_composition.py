@@ -1,25 +1,20 @@
-"""Guarantees for whole graphs: weights, model sampling, several samplers and models, other packs' wrappers."""
+"""Guarantees beside other nodes that change the MODEL: weights, model sampling, wrappers and patches of other packs."""
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from typing import Any
 
-import comfy.sample
-import comfy.samplers
 import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from guarantees.composition import BOUNDARY, check_both_orders, lora_of, sigmas_of
-from harness import STEPS, accelerate, distance, last_run, model_of, reused_steps, runs
-from tiny import CASES, Case, sample, sample_custom
+from harness import STEPS, accelerate, distance, last_run, model_of, reused_steps
+from tiny import CASES, Case, sample
 from tiny.case import normal
 from torch import Tensor
-
-from blockdance_core.host.attach import handle_of
 
 sd3, flux, wan = CASES["sd3"], CASES["flux"], CASES["wan_t2v"]
 
@@ -115,104 +110,6 @@ def test_the_window_is_that_of_the_sampling_node_before_or_after(case: Case, nam
     assert last_run(accelerated)["sigmas"] != last_run(plain)["sigmas"]
 
 
-def advanced(model: ModelPatcher, case: Case, latent: Tensor, first: int, last: int, steps: int = 24) -> Tensor:
-    """The KSamplerAdvanced node, as the first of two with leftover noise or as the last."""
-    import nodes
-
-    positive, negative = case.conds(model)
-    begins, ends = first == 0, last >= steps
-    return nodes.KSamplerAdvanced().sample(
-        model, "enable" if begins else "disable", 0, steps, 3.0, "euler", "simple", positive, negative,
-        {"samples": latent}, first, last, "disable" if ends else "enable")[0]["samples"]
-
-
-@pytest.mark.parametrize("shared", [False, True], ids=["high and low noise models", "one model twice"])
-def test_two_advanced_samplers_with_leftover_noise_keep_their_models_apart(shared: bool) -> None:
-    case = CASES["wan22_i2v"]
-    high = case.build()
-    low = high if shared else case.build(seed=1)
-    settings = {"preset": "auto"}
-    full = advanced(low, case, advanced(high, case, case.latent(), 0, 14), 14, 24)
-    first = accelerate(high, **settings)
-    second = first if shared else accelerate(low, **settings)
-    for _ in range(2):
-        half = advanced(first, case, case.latent(), 0, 14)
-        found = advanced(second, case, half, 14, 24)
-        assert torch.equal(half, advanced(accelerate(high, **settings), case, case.latent(), 0, 14))
-        assert torch.equal(found, advanced(accelerate(low, **settings), case, half, 14, 24))
-    assert distance(full, found) < 0.2
-    for run, steps in ((runs(first)[0], 14), (runs(second)[-1], 10)):
-        assert (run["steps"], run["completed"], run["fallbacks"]) == (steps, True, {})
-        assert run["reused_steps"] > 0
-        assert run["decisions"][-1] == "compute"
-    assert "reuse" not in runs(second)[-1]["decisions"][:2]
-    assert len(runs(first)) == len(runs(second)) == (4 if shared else 2)
-
-
-def test_clones_with_other_settings_in_one_graph_do_not_disturb_each_other() -> None:
-    model = model_of(flux)
-    full = sample(model, flux, steps=STEPS)
-    clones = [accelerate(model, boundary=1, forecast="hold", group_size=4), accelerate(model, boundary=6, forecast="taylor")]
-    alone = [sample(clone, flux, steps=STEPS) for clone in clones]
-    for order in ((0, 1), (1, 0)):
-        for number in order:
-            assert torch.equal(sample(clones[number], flux, steps=STEPS), alone[number])
-        assert torch.equal(sample(model, flux, steps=STEPS), full)
-    assert [last_run(clone)["config"]["boundary"] for clone in clones] == [1, 6]
-    assert distance(*alone) > 1e-3
-
-
-TILES = [(8, 8), (8, 8), (12, 8), (4, 8), (8, 8)]
-
-
-def test_every_tile_of_an_upscale_is_a_run_of_its_own() -> None:
-    from comfy_execution.utils import CurrentNodeContext
-
-    model = model_of(sd3)
-    accelerated = accelerate(model, forecast="taylor")
-    sample(accelerated, sd3, steps=STEPS)
-
-    def tile(of: ModelPatcher, number: int) -> Tensor:
-        latent = 0.5 * normal((1, 16, *TILES[number]), "tile", number)
-        return sample(of, sd3, steps=STEPS, denoise=0.5, latent=latent, seed=number)
-
-    with CurrentNodeContext("a prompt", "a sampler"):
-        found = [tile(accelerated, number) for number in range(len(TILES))]
-    for number, latent in enumerate(found):
-        assert torch.equal(latent, tile(accelerate(model, forecast="taylor"), number))
-    handle = handle_of(accelerated)
-    assert handle is not None
-    of_prompt = handle.runs("a prompt")
-    assert len(of_prompt) == len(TILES)
-    assert len(handle.runs()) == len(TILES) + 1
-    assert {(run["steps"], run["reused_steps"], str(run["fallbacks"])) for run in of_prompt} == {(STEPS, 3, "{}")}
-    sizes = [run["cached_bytes"] for run in of_prompt]
-    assert sizes[0] == sizes[1] == sizes[4]
-    assert len(set(sizes)) == 3
-
-
-def dual(model: ModelPatcher, negative: ModelPatcher) -> Tensor:
-    nodes = pytest.importorskip("comfy_extras.nodes_custom_sampler")
-    if not hasattr(nodes, "Guider_DualModel"):
-        pytest.skip("this release of the host has no DualModelGuider")
-    guider = nodes.Guider_DualModel(model, negative)
-    guider.set_conds(*sd3.conds(model))
-    guider.set_cfg(3.0)
-    latent = sd3.latent()
-    return guider.sample(comfy.sample.prepare_noise(latent, 0), latent, comfy.samplers.sampler_object("euler"),
-                         sigmas_of(model), disable_pbar=True, seed=0)
-
-
-def test_of_two_models_in_one_run_the_first_decides() -> None:
-    model, other = model_of(sd3), sd3.build(seed=1)
-    both, negative = accelerate(model, boundary=5), accelerate(other, boundary=1)
-    assert torch.equal(dual(both, negative), dual(both, other)), "both run as the first is set"
-    assert reused_steps(last_run(both)) == [4, 6, 8]
-    assert runs(negative) == []
-    assert torch.equal(dual(model, negative), dual(model, other))
-    assert runs(negative) == []
-
-
 BETWEEN_BLOCKS = "wan_uni3c" in CASES  # earlier releases of the host have no patches between the blocks of Wan
 KINDS = [value for name, value in vars(WrappersMP).items() if name.isupper()]
 
@@ -281,26 +178,25 @@ def test_a_patch_between_blocks_that_writes_in_place_has_its_effect_on_reuse_ste
         check_both_orders(wan, model_of(wan), patched, forecast=forecast)
 
 
-SECOND_STAGE = [0.909375, 0.725, 0.421875, 0.0]  # of the distilled LTX-2, behind its upscaler
+@pytest.mark.parametrize("begins", [0, 5], ids=["always", "in mid-run"])
+def test_a_wrapper_that_runs_the_model_twice_in_a_call_computes_and_says_so(begins: int) -> None:
+    """As HiDream-O1's node against seams does, between two noise levels."""
+    model = model_of(flux)
+    level = float(sigmas_of(model)[begins])
 
+    def shifted_too(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        once = executor(x, t, *args, **kwargs)
+        return once if float(t[0]) > level else 0.5 * (once + executor(x.roll(2, -1), t, *args, **kwargs).roll(-2, -1))
 
-@pytest.mark.parametrize("preset", ["auto", "paper"])
-@pytest.mark.parametrize("sigmas", [SECOND_STAGE, SECOND_STAGE[1:], SECOND_STAGE[2:]], ids=len)
-@pytest.mark.parametrize("name", ["ltxv", "ltxav"])
-def test_a_short_second_stage_computes_everything_and_says_so(
-    name: str, sigmas: list[float], preset: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    case = CASES.get(name)
-    if case is None:
-        pytest.skip("this release of the host does not have the model")
-    model = model_of(case)
-    accelerated = accelerate(model, preset=preset)
-    full = sample_custom(model, case, sigmas=torch.tensor(sigmas))
-    with caplog.at_level(logging.INFO):
-        assert torch.equal(sample_custom(accelerated, case, sigmas=torch.tensor(sigmas)), full)
-    run = last_run(accelerated)
-    assert (run["reused_calls"], run["fallbacks"], len(run["warnings"])) == (0, {}, 1)
-    assert "computed" in run["warnings"][0] or "no step can be reused" in run["warnings"][0]
-    ours = [record for record in caplog.records if record.name.startswith("blockdance")]
-    assert [record.levelname for record in ours] == ["INFO"]
-    assert run["warnings"][0] in ours[0].getMessage()
+    def patched(model: ModelPatcher) -> ModelPatcher:
+        clone = model.clone()
+        clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "seams", shifted_too)
+        return clone
+
+    full = sample(patched(model), flux, steps=STEPS)
+    for accelerated in (accelerate(patched(model), forecast="taylor"), patched(accelerate(model, forecast="taylor"))):
+        found = sample(accelerated, flux, steps=STEPS)
+        run = last_run(accelerated)
+        assert any("more than once" in warning for warning in run["warnings"])
+        assert run["reused_calls"] == (0 if begins == 0 else 1)
+        assert torch.equal(found, full) if begins == 0 else distance(full, found) < 0.2

@@ -286,6 +286,26 @@ def test_reference_latents_of_the_node_reuse_all_their_tokens(name: str) -> None
     assert distance(found, sample(accelerated, case, steps=STEPS)) > 1e-3
 
 
+def test_references_whose_keys_the_host_caches_leave_after_the_first_evaluation() -> None:
+    from comfy_extras import nodes_flux
+
+    case = CASES.get("flux2_references_at_zero")
+    if case is None or not hasattr(nodes_flux, "FluxKVCache"):
+        pytest.skip("this release of the host does not have it")
+    model = case.build()
+
+    def patched(model: ModelPatcher) -> ModelPatcher:
+        return nodes_flux.FluxKVCache.execute(model).result[0]
+
+    expected = restated(case, patched(model))
+    for accelerated in (accelerate(patched(model), forecast="taylor"), patched(accelerate(model, forecast="taylor"))):
+        for _ in range(2):
+            assert_close(expected, sample(accelerated, case, steps=STEPS))
+            run = last_run(accelerated)
+            assert (reused_steps(run), run["fallbacks"]) == ([4, 6, 8], {})
+            assert run["cached_bytes"] < run["predicted_bytes"], "the prediction counts the references"
+
+
 def windowed(model: ModelPatcher, schedule: str, stride: int) -> ModelPatcher:
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
