@@ -127,7 +127,8 @@ def test_a_latent_that_grows_in_mid_run_computes_once_and_goes_on() -> None:
                 x = torch.nn.functional.interpolate(x, size=(12, 10))
             denoised = model(x, sigmas[step].expand(len(x)), **extra_args)
             x = denoised + (x - denoised) * sigmas[step + 1] / sigmas[step]
-            callback({"i": step, "denoised": denoised, "x": x})
+            if callback is not None:
+                callback({"i": step, "denoised": denoised, "x": x})
         return x
 
     def run_of(model: ModelPatcher, case: Case, *, steps: int, callback: Any = None) -> Tensor:
