@@ -125,10 +125,10 @@ def _pixeldit(config: str, **extra: Any) -> comfy.model_base.BaseModel:
     return from_config(getattr(models, config), {**size, **pixels, **text, **extra})
 
 
-def _pid(**extra: Any) -> comfy.model_base.BaseModel:
+def _pid() -> comfy.model_base.BaseModel:
     degraded = {"lq_latent_channels": 16, "lq_hidden_dim": 16, "lq_num_res_blocks": 1, "lq_interval": 2}
     scale = {"sr_scale": 2, "latent_spatial_down_factor": 4, "rope_ref_h": 32, "rope_ref_w": 32}
-    return _pixeldit("PiD", **degraded, **scale, **extra)
+    return _pixeldit("PiD", **degraded, **scale)
 
 
 def _hunyuan_dit(config: str, **extra: Any) -> comfy.model_base.BaseModel:
@@ -173,8 +173,7 @@ def _image_case(
         width=width,
         extras=extras,
         depth=8,
-        classes=(config,),
-        **{"family": name, "text": TEXT, **rest},
+        **{"family": name, "text": TEXT, "classes": (config,), **rest},
     )
 
 
@@ -265,6 +264,7 @@ CASES = [
             (16, 1, 8, 8),
             (1, 2, 2),
             family="krea2",
+            classes=("Krea2", "JoyImage"),  # as new as its references
             extras=lambda draw, batch: {"reference_latents": [draw("reference", 1, 16, 1, 8, 8)]},
         )
         for name, method in (("krea2_reference", "index"), ("krea2_reference_timestep", "index_timestep_zero"))
@@ -308,14 +308,11 @@ CASES = [
         parts=((16, 16), (1, 5)),  # tokens of the shape, and the camera
     ),
     _pixeldit_case("pixeldit", "PixelDiTT2I", lambda: _pixeldit("PixelDiTT2I")),
-    *(
-        _pixeldit_case(
-            name,
-            "PiD",
-            lambda extra=extra: _pid(**extra),
-            extras=lambda draw, batch: {"lq_latent": draw("degraded", 1, 16, 2, 2), "degrade_sigma": torch.tensor([0.3])},
-        )
-        for name, extra in (("pid", {}), ("pid15", {"pit_lq_inject": True, "lq_gate_per_token": True}))
+    _pixeldit_case(  # the degraded image comes in before every second block
+        "pid",
+        "PiD",
+        _pid,
+        extras=lambda draw, batch: {"lq_latent": draw("degraded", 1, 16, 2, 2), "degrade_sigma": torch.tensor([0.3])},
     ),
     _hunyuan_dit_case("hunyuan_dit", "HunyuanDiT"),
     _hunyuan_dit_case("hunyuan_dit1", "HunyuanDiT1", size_cond=True, use_style_cond=True),
