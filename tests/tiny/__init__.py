@@ -12,9 +12,11 @@ from .sampling import count_calls, record_outputs, sample, sample_custom, split_
 
 _MODULES = [importlib.import_module(f"{models.__name__}.{found.name}") for found in pkgutil.iter_modules(models.__path__)]
 DECLARED: tuple[Case, ...] = tuple(case for module in _MODULES for case in module.CASES)
-"""Every case, also those whose class this release of the host does not have."""
+"""Every case, also those that this release of the host does not have."""
 CASES: dict[str, Case] = {
-    case.name: case for case in DECLARED if all(hasattr(comfy.supported_models, name) for name in case.classes)
+    case.name: case
+    for case in DECLARED
+    if all(hasattr(comfy.supported_models, name) for name in case.classes) and case.fits()
 }
 
 __all__ = [

@@ -66,6 +66,7 @@ class Case:
         separable: Whether the rows of a call can be told apart inside the blocks.
         classes: Names of the host classes that have to exist (`comfy.supported_models`), else the case is left out:
             older releases of the host do not have every model.
+        fits: Whether the host can run the case, asked where the classes exist: older releases have faults of their own.
         parts: Shapes of the latents, each without the batch, that the host carries in one nested tensor. Empty for a
             plain one. The tests see them packed as the host does it: `latent_shape` is then `[1, sum of all sizes]`.
     """
@@ -90,6 +91,7 @@ class Case:
     together: bool = True
     separable: bool = True
     classes: tuple[str, ...] = ()
+    fits: Callable[[], bool] = lambda: True
     parts: tuple[tuple[int, ...], ...] = ()
 
     def build(self, seed: int = 0) -> ModelPatcher:

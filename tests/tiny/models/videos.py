@@ -59,6 +59,17 @@ def _first_frame_kept(batch: int) -> Tensor:
     return mask
 
 
+def _modulates_a_batch() -> bool:
+    """Whether the host can modulate the tokens of one frame apart in more than one sample (v0.16.3 cannot)."""
+    from comfy.ldm.flux.layers import apply_mod
+
+    try:
+        apply_mod(torch.ones(2, 3, 4), torch.ones(2, 2, 4), None, [(0, 1, 0), (1, None, 1)])
+    except RuntimeError:
+        return False
+    return True
+
+
 def _wan_case(
     name: str,
     make: Callable[[], comfy.model_base.BaseModel],
@@ -81,7 +92,9 @@ def _wan_case(
     )
 
 
-def _hunyuan_case(name: str, make: Callable[[], comfy.model_base.BaseModel], extras: Extras, channels: int = 16) -> Case:
+def _hunyuan_case(
+    name: str, make: Callable[[], comfy.model_base.BaseModel], extras: Extras, channels: int = 16, **rest: Any
+) -> Case:
     return Case(
         name=name,
         family="hunyuan_video",
@@ -95,6 +108,7 @@ def _hunyuan_case(name: str, make: Callable[[], comfy.model_base.BaseModel], ext
         extras=extras,
         control=("input", "output"),
         entering=image_and_text,
+        **rest,
     )
 
 
@@ -141,6 +155,7 @@ CASES = [
             "concat_latent_image": draw("image", 1, 16, 3, 6, 6),
             "concat_mask": _first_frame_kept(1),
         },
+        fits=_modulates_a_batch,
     ),
     _hunyuan_case(  # double blocks only
         "hunyuan_video_15",
