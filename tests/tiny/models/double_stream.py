@@ -69,7 +69,7 @@ def _hidream() -> comfy.model_base.BaseModel:
 
 def _hidream_o1(hook: Callable[..., Any]) -> comfy.model_base.BaseModel:
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8, "num_attention_heads": 2}
-    heads = {"num_key_value_heads": 1, "head_dim": 16, "rope_dims": [4, 2, 2]}  # 151936 words: the host fixes some of them
+    heads = {"num_key_value_heads": 2, "head_dim": 16, "rope_dims": [4, 2, 2]}  # 151936 words: the host fixes some of them
     vision = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "depth": 1, "num_position_embeddings": 64}
     model = from_config(models.HiDreamO1, {"text_config_overrides": text | heads, "vision_config_overrides": vision})
     model.diffusion_model.register_forward_pre_hook(hook, with_kwargs=True)
@@ -114,17 +114,21 @@ def _flux2(**extra: Any) -> comfy.model_base.BaseModel:
     ports = {"in_channels": 128, "out_channels": 128, "patch_size": 1, "vec_in_dim": None, "txt_ids_dims": [3]}
     shared = {"global_modulation": True, "mlp_silu_act": True, "qkv_bias": False, "ops_bias": False}
     references = {"default_ref_method": "index", "ref_index_scale": 10.0}
-    rest = {"depth": 2, "depth_single_blocks": 6, "axes_dim": [8, 8, 8, 8]}
+    rest = {"hidden_size": 32, "num_heads": 1, "depth": 2, "depth_single_blocks": 6, "axes_dim": [8, 8, 8, 8]}
     return from_config(models.Flux2, {**FLUX, **ports, **shared, **references, **rest, **extra})
 
 
 def _chroma_radiance(x0: bool) -> comfy.model_base.BaseModel:
+    from comfy.ldm.chroma_radiance.model import ChromaRadianceParams
+
     size = {key: value for key, value in FLUX.items() if key != "guidance_embed"}
     ports = {"in_channels": 3, "out_channels": 3, "patch_size": 4, "vec_in_dim": 16, "txt_ids_dims": []}
     modulation = {"in_dim": 64, "out_dim": 64, "hidden_dim": 16, "n_layers": 1}  # 64 inputs are fixed in the host
     nerf = {"nerf_hidden_size": 8, "nerf_mlp_ratio": 1, "nerf_depth": 1, "nerf_max_freqs": 2, "nerf_tile_size": 512}
     head = {"nerf_final_head_type": "conv", "nerf_embedder_dtype": torch.float32}
-    variant = {"use_x0": x0, "use_sequential_txt_ids": x0}
+    variant = {"use_x0": x0}
+    if "use_sequential_txt_ids" in ChromaRadianceParams.__dataclass_fields__:  # not before v0.24
+        variant["use_sequential_txt_ids"] = x0
     return from_config(models.ChromaRadiance, {**size, **ports, **modulation, **nerf, **head, **variant})
 
 
@@ -189,11 +193,11 @@ def _two_lists(
     extras: Extras = lambda draw, batch: {},
     *,
     family: str,
-    control: tuple[str, ...] | None = ("input", "output"),
+    width: int = 64,
     **rest: Any,
 ) -> Case:
     return _case(
-        name, host, make, latent_shape, patch, extras, family=family, width=64, control=control,
+        name, host, make, latent_shape, patch, extras, family=family, width=width, control=("input", "output"),
         entering=image_and_text, lists=("double_blocks", "single_blocks"), **rest,
     )
 
@@ -224,6 +228,14 @@ def _hidream_o1_case(name: str, hook: Callable[[], Callable[..., Any]], extras: 
         entering=lambda arguments, keywords: (keywords["x"],), lists=("language_model.layers",),
         text=(9, 1),  # what the host's text encoder gives along with the words, and the model does not read
         **rest,
+    )
+
+
+def _flux2_case(name: str, make: Callable[[], comfy.model_base.BaseModel], extras: Extras) -> Case:
+    return _two_lists(
+        name, "Flux2", make, (128, 4, 6), (1, 1),
+        lambda draw, batch: {"pooled_output": None, **extras(draw, batch)},  # older releases ask for it
+        family="flux", width=32, text=(514, TEXT[1]),  # the host pads to 512, so that shorter ones would be of one length
     )
 
 
@@ -283,18 +295,11 @@ CASES = [
         "aura_flow", "AuraFlow", _aura_flow, (4, 8, 12), (2, 2), entering=_first_two, joining=_in_order,
         lists=("double_layers", "single_layers"),
     ),
-    _two_lists(  # over 512 tokens of text: the host pads to that, and different lengths would become equal
-        "flux2", "Flux2", _flux2, (128, 4, 6), (1, 1), lambda draw, batch: {"guidance": 3.5},
-        family="flux", text=(514, TEXT[1]),
-    ),
-    _two_lists(
-        "flux2_edit", "Flux2", _flux2, (128, 4, 6), (1, 1),
-        lambda draw, batch: {"guidance": 3.5, **_reference(128, 4, 4)(draw, batch)}, family="flux", text=(514, TEXT[1]),
-    ),
-    _two_lists(  # references with a timestep of their own; the host then takes no guidance (flux/model.py:173)
-        "flux2_references_at_zero", "Flux2",
-        lambda: _flux2(guidance_embed=False, default_ref_method="index_timestep_zero"), (128, 4, 6), (1, 1),
-        _reference(128, 4, 4), family="flux", text=(514, TEXT[1]),
+    _flux2_case("flux2", _flux2, lambda draw, batch: {"guidance": 3.5}),
+    _flux2_case("flux2_edit", _flux2, lambda draw, batch: {"guidance": 3.5, **_reference(128, 4, 4)(draw, batch)}),
+    _flux2_case(  # references with a timestep of their own; the host then takes no guidance (flux/model.py:173)
+        "flux2_references_at_zero", lambda: _flux2(guidance_embed=False, default_ref_method="index_timestep_zero"),
+        _reference(128, 4, 4),
     ),
     _two_lists(
         "flux_inpaint", "FluxInpaint", lambda: _flux(models.FluxInpaint, in_channels=96), (16, 8, 12), (2, 2),
@@ -313,10 +318,11 @@ CASES = [
     ),
     _two_lists(
         "chroma_radiance", "ChromaRadiance", lambda: _chroma_radiance(x0=False), (3, 16, 24), (4, 4),
-        lambda draw, batch: {"guidance": 1.0}, family="chroma",
+        lambda draw, batch: {"pooled_output": None, "guidance": 1.0}, family="chroma",  # older releases ask for the first
     ),
     _two_lists(
-        "chroma_radiance_x0", "ChromaRadiance", lambda: _chroma_radiance(x0=True), (3, 16, 24), (4, 4), family="chroma"
+        "chroma_radiance_x0", "ChromaRadiance", lambda: _chroma_radiance(x0=True), (3, 16, 24), (4, 4),
+        lambda draw, batch: {"pooled_output": None}, family="chroma",
     ),
     _two_lists(  # text of two encoders, one behind the other
         "hunyuan_image_21", "HunyuanImage21", lambda: _hunyuan_image(byt5=True, meanflow=False), (64, 4, 6), (1, 1),
