@@ -60,10 +60,16 @@ def serve(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> in
 
 
 def test(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Run ruff, mypy and all tests, or pytest alone with the arguments given."""
+    """Run ruff, mypy and all tests (another host: its smoke part), or pytest alone with the arguments given."""
     os.chdir(REPO)
     python = str(env.python)
-    checks = [] if rest else [[python, "-m", "ruff", "check"], [python, "-m", "mypy"]]
+    checks: list[list[str]] = []
+    if not rest:
+        checks = [[python, "-m", "ruff", "check"], [python, "-m", "mypy"]]
+        version = env.version()
+        if version != environment.DEFAULT:
+            rest = ["-m", "smoke"]
+            say(f"ComfyUI {version or env.host} is not {environment.DEFAULT}: running the smoke part; `tests` runs all")
     # not `python -m pytest`, which puts this folder first on the path, where nodes/ hides the host's nodes.py
     checks.append([str(env.script("pytest")), *rest])
     codes = [run_program(check, env) for check in checks]

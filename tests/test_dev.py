@@ -309,10 +309,33 @@ def test_test_hands_arguments_to_pytest_in_order(dev: ModuleType, started: list)
     assert Path(started[0][0]).stem == "pytest"
 
 
-def test_test_without_arguments_checks_style_and_types_first(dev: ModuleType, started: list) -> None:
-    assert dev.main(["test", "--host", "v0.27.0"]) == 2  # pytest's code
-    assert [command[1:] for command in started] == [["-m", "ruff", "check"], ["-m", "mypy"], []]
-    assert all("v0.27.0" in command[0] for command in started)
+@pytest.mark.parametrize(("release", "part"), [("v0.30.0", []), ("v0.27.0", ["-m", "smoke"])])
+def test_test_without_arguments_checks_style_and_types_first(
+    dev: ModuleType, started: list, capsys: pytest.CaptureFixture, release: str, part: list[str]
+) -> None:
+    assert dev.main(["test", "--host", release]) == 2  # pytest's code
+    assert [command[1:] for command in started] == [["-m", "ruff", "check"], ["-m", "mypy"], part]
+    assert all(release in command[0] for command in started)
+    said = "dev.py: ComfyUI v0.27.0 is not v0.30.0: running the smoke part; `tests` runs all\n"
+    assert capsys.readouterr().err == (said if part else "")
+
+
+@pytest.mark.parametrize(
+    ("says", "part"), [("0.30.0", []), ("0.31.1", ["-m", "smoke"]), (None, ["-m", "smoke"])], ids=["default", "newer", "old"]
+)
+def test_test_in_the_users_own_comfyui_goes_by_what_it_calls_itself(
+    dev: ModuleType, started: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str | None, part: list[str]
+) -> None:
+    host = tmp_path / "host"
+    (host / "comfy").mkdir(parents=True)
+    (host / "main.py").touch()
+    if says:
+        (host / "comfyui_version.py").write_text(f'# generated\n__version__ = "{says}"\n')
+    monkeypatch.setenv("COMFYUI_PATH", str(host))
+    dev.main(["test"])
+    assert started[-1][1:] == part
+    dev.main(["test", "tests"])
+    assert started[-1][1:] == ["tests"]
 
 
 def test_demo_keeps_its_own_options_and_hands_on_the_rest(

@@ -32,6 +32,7 @@ HOSTS = {
     "v0.18.2": ("2.0.0", "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af"),
     "v0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
 }
+DEFAULT = next(iter(HOSTS))  # the release the whole test suite holds on
 TORCH = "torch==2.13.0"
 TORCH_COMPANIONS = ("torchvision==0.28.0", "torchaudio==2.11.0")  # the host imports them; PyPI's ask for a CUDA torch
 DISK_BYTES = 4 * 2**30  # a CPU environment takes 2.5 GB, pip's temporary files the rest
@@ -83,6 +84,16 @@ class Environment:
         """A program of the virtual environment."""
         return self.folder / "venv" / (f"Scripts/{name}.exe" if os.name == "nt" else f"bin/{name}")
 
+    def version(self) -> str | None:
+        """The release of the host, as `v0.30.0`; None where the user's own ComfyUI does not say."""
+        if self.release:
+            return self.release
+        with contextlib.suppress(FileNotFoundError):
+            text = (self.host / "comfyui_version.py").read_text(encoding="utf-8")
+            if match := re.search(r'__version__ = "(.+)"', text):
+                return "v" + match.group(1)
+        return None
+
     def variables(self) -> dict[str, str]:
         """The variables a program of this environment runs with."""
         kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
@@ -102,7 +113,7 @@ def choose(release: str | None) -> Environment:
     """
     own = own_host() if release is None else None
     if own is None:
-        release = "v" + release.removeprefix("v") if release else next(iter(HOSTS))
+        release = "v" + release.removeprefix("v") if release else DEFAULT
         if release not in HOSTS:
             raise SetupError(f"no ComfyUI release {release!r} is known; choose one of {', '.join(HOSTS)}")
         return Environment(dev_folder() / release, dev_folder() / release / "ComfyUI", release)
