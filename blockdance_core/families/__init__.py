@@ -18,6 +18,8 @@ from blockdance_core.interception import Block
 __all__ = ["Family", "FlowCheck", "Match", "Section", "UnsupportedModelError", "declared", "find"]
 
 log = logging.getLogger(__name__)
+# What importing a module raises where a symbol is missing, means something else, or is newer than this Python.
+_UNUSABLE = (ImportError, AttributeError, NameError, TypeError, LookupError, ValueError, SyntaxError)
 
 
 class Match(NamedTuple):
@@ -36,7 +38,7 @@ def declared() -> tuple[Family, ...]:
             continue
         try:
             found.append(importlib.import_module(f"{__name__}.{module.name}").FAMILY)
-        except (ImportError, AttributeError) as error:
+        except _UNUSABLE as error:
             log.warning("BlockDance: the model family '%s' is not available: %s", module.name, error)
     return tuple(found)
 
