@@ -76,6 +76,12 @@ class ModelState:
             self.group_starts = [self.group_starts[-1], step]
             self.cache.drop_unseen(self.group_starts[0])
 
+    def restart(self) -> None:
+        """The latent has another size from here on: nothing stored fits, and the new features have to be measured."""
+        self.cache.clear()
+        self.cache.limit = math.inf
+        self.first_evaluation, self.predicted_bytes, self.placed = None, 0, False
+
     def place(self, info: CallInfo) -> tuple[str, ...]:
         """Choose where features are kept, now that their size is known; returns warnings."""
         self.placed = True
@@ -127,19 +133,25 @@ class Session:
         self.step = 0
         self.sigma = math.nan
         self.condition: Hashable = None
+        self.shape: Sequence[int] | None = None
         self._occurrences: defaultdict[Hashable, int] = defaultdict(int)
         self._lock = threading.Condition()  # on several GPUs the host calls one model per device, each from a thread
         self._under_way = 0
         self._closed = False
 
-    def begin_evaluation(self, sigma: float, condition: Hashable = None) -> None:
+    def begin_evaluation(self, sigma: float, condition: Hashable = None, shape: Sequence[int] | None = None) -> None:
         """A new evaluation of the model at `sigma` begins; its streams are numbered afresh.
 
         Args:
             sigma: Noise level.
             condition: What else must not change between storing and reusing, such as the ControlNets in force.
+            shape: Of the whole latent, if known.
         """
         self._occurrences.clear()
+        if shape is not None and shape != self.shape:
+            self.shape = shape
+            for state in self.models.values():
+                state.restart()
         step = step_of(self.sigmas, sigma, self.step)
         if self.evaluations and step != self.step:
             self._tell()

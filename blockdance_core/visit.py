@@ -87,7 +87,7 @@ class Visit:
         self.record, self.boundary = state.taps(*plan.record), None
         if plan.decision == REUSE and plan.boundary is not None:
             self.record = state.taps(plan.boundary)  # a compute forced inside a group stores
-            self.boundary = None if self.probing else plan.boundary
+            self.boundary = plan.boundary
         self.obstacle = self._obstacle()
         if self.obstacle and self.record:
             self.fallbacks.append(self.obstacle)
