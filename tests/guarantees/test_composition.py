@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import comfy.hooks
 import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from guarantees.composition import BOUNDARY, check_both_orders, lora_of, sigmas_of
-from harness import STEPS, accelerate, distance, last_run, model_of, reused_steps
+from harness import STEPS, accelerate, assert_close, distance, last_run, model_of, reused_steps
 from tiny import CASES, Case, sample
 from tiny.case import normal
 from torch import Tensor
@@ -161,6 +162,26 @@ def test_wrappers_patches_and_callbacks_of_other_packs_run_as_often_as_without_t
         assert last_run(accelerated)["reused_calls"] == 3
         skipped = 3 * (BOUNDARY + 1) if case is flux else 0  # Wan's attention has no such patch
         assert seen == without - Counter({"attention": skipped}), order
+
+
+def test_a_hook_that_wraps_the_model_for_one_prompt_runs_as_often_as_without_the_node() -> None:
+    seen = Counter[str]()
+
+    def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        seen["wrapper"] += 1
+        return executor(*args, **kwargs)
+
+    wrappers = {kind: {"another pack": [wrapper]} for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)}
+    hooks = comfy.hooks.HookGroup()
+    hooks.add(comfy.hooks.TransformerOptionsHook({"wrappers": wrappers}, comfy.hooks.EnumHookScope.HookedOnly))
+    model = model_of(flux)
+    positive, negative = flux.conds(model)
+    conds = (comfy.hooks.set_hooks_for_conditioning(positive, hooks), negative)
+    accelerated = accelerate(model)
+    found = sample(accelerated, flux, steps=STEPS, conds=conds)
+    assert seen["wrapper"] == 2 * STEPS
+    assert (last_run(accelerated)["reused_calls"], last_run(accelerated)["fallbacks"]) == (6, {})
+    assert_close(found, sample(accelerate(model), flux, steps=STEPS), 1e-3)
 
 
 @pytest.mark.skipif(not BETWEEN_BLOCKS, reason="this release of the host has no such patches")
