@@ -254,7 +254,7 @@ CASES = [
             "reference_latents": [draw("reference 0", 1, 16, 8, 8), draw("reference 1", 1, 16, 4, 8)]
         },
     ),
-    _image_case("krea2", "Krea2", _krea2, ("blocks",), (16, 1, 8, 8), (1, 2, 2)),
+    _image_case("krea2", "Krea2", _krea2, ("blocks",), (16, 1, 8, 8), (1, 2, 2), family="krea_2"),
     *(
         _image_case(  # a reference image behind the image, with the image's timestep or with timestep zero
             name,
@@ -263,7 +263,7 @@ CASES = [
             ("blocks",),
             (16, 1, 8, 8),
             (1, 2, 2),
-            family="krea2",
+            family="krea_2",
             classes=("Krea2", "JoyImage"),  # as new as its references
             extras=lambda draw, batch: {"reference_latents": [draw("reference", 1, 16, 1, 8, 8)]},
         )
@@ -277,10 +277,11 @@ CASES = [
         ("layers",),
         (128, 4, 4),
         (1, 1),
+        family="ideogram_4",
         extras=lambda draw, batch: {"attention_mask": torch.tensor([[1] * 5 + [0] * 3])},
     ),
-    _cosmos_case("cosmos_t2v", "CosmosT2V", _cosmos1, family="cosmos1", extras=lambda draw, batch: {"frame_rate": 12}),
-    _cosmos_case("cosmos_i2v", "CosmosI2V", _cosmos1, family="cosmos1", noise_mask=_first_frame_kept),
+    _cosmos_case("cosmos_t2v", "CosmosT2V", _cosmos1, family="cosmos_1", extras=lambda draw, batch: {"frame_rate": 12}),
+    _cosmos_case("cosmos_i2v", "CosmosI2V", _cosmos1, family="cosmos_1", noise_mask=_first_frame_kept),
     _cosmos_case("predict2_t2i", "CosmosT2IPredict2", _predict2, family="cosmos_predict2"),
     _cosmos_case(
         "predict2_i2v", "CosmosI2VPredict2", _predict2, family="cosmos_predict2", noise_mask=_first_frame_kept
