@@ -95,10 +95,9 @@ def test_bfloat16_model_of_every_family_is_as_restated(case: Case) -> None:
 
 
 @some
-@pytest.mark.parametrize("forecast", ["hold", "delta", "taylor"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_model_is_as_restated(case: Case, dtype: torch.dtype, forecast: str) -> None:
-    check(in_dtype(case, dtype), case, forecast)
+@pytest.mark.parametrize("forecast", ["hold", "taylor"])
+def test_float16_model_is_as_restated(case: Case, forecast: str) -> None:
+    check(in_dtype(case, torch.float16), case, forecast)
 
 
 def test_half_precision_stores_half_the_bytes() -> None:
@@ -112,8 +111,7 @@ def test_half_precision_stores_half_the_bytes() -> None:
 
 @some
 @pytest.mark.parametrize(("weights", "compute"), [
-    (torch.float8_e4m3fn, torch.bfloat16), (torch.float8_e5m2, torch.float16), (torch.float8_e4m3fn, torch.float32),
-    (torch.bfloat16, torch.float32), (torch.float16, torch.float32),
+    (torch.float8_e4m3fn, torch.bfloat16), (torch.float8_e5m2, torch.float16), (torch.bfloat16, torch.float32),
 ], ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_weights_that_are_cast_for_every_use_are_as_restated(case: Case, weights: torch.dtype, compute: torch.dtype) -> None:
     check(in_dtype(case, weights, compute), case)
@@ -174,11 +172,12 @@ def test_weight_dtypes_of_the_loader_node_are_as_restated(options: dict[str, Any
     check(model, case)
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["emulated", "native"])
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4"])
+FORMATS = ("float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4")
+NATIVE = ("float8_e4m3fn", "float8_e5m2", "nvfp4")  # torch has no product of mxfp8 on the CPU; the other two have but one way
+
+
+@pytest.mark.parametrize(("name", "native"), [*((name, False) for name in FORMATS), *((name, True) for name in NATIVE)])
 def test_quantised_weights_are_as_restated(name: str, native: bool) -> None:
-    if native and name == "mxfp8":
-        pytest.skip("torch has no such product on the CPU")
     case = sd3_from_file()
     with hardware_claimed() if native else contextlib.nullcontext():
         model = comfy.sd.load_diffusion_model_state_dict(quantised(case, name))
