@@ -153,6 +153,10 @@ class InterceptionError(RuntimeError):
     """A call did not pass the blocks as the family declares: an error in this pack, never a reason to go on."""
 
 
+class FullGraphError(RuntimeError):
+    """torch.compile was told to make one graph of the model, so nothing can be put between its blocks."""
+
+
 @contextlib.contextmanager
 def intercept(
     blocks: Sequence[Block], visitor: Visitor, *, observe: Iterable[int] = (), boundary: int | None = None
@@ -166,6 +170,7 @@ def intercept(
         boundary: Last block to skip if the visitor injects; None for a call that computes in any case.
 
     Raises:
+        FullGraphError: The model is compiled in one piece.
         InterceptionError: The visitor injected, and a block with a feature to inject was not passed exactly once.
     """
     call = _Call(blocks, visitor, frozenset(observe), boundary)
@@ -173,7 +178,15 @@ def intercept(
     with contextlib.ExitStack() as stack:
         for index in sorted(hooked):
             stack.enter_context(_forward_replaced(blocks[index].module, call, index))
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if type(error).__module__ == "torch._dynamo.exc" and _Hook.__name__ in str(error):
+                raise FullGraphError(
+                    "BlockDance cannot skip blocks of a model that is compiled as a whole with fullgraph = True: there is no "
+                    "place between its blocks. Turn fullgraph off, or compile the blocks one by one."
+                ) from error
+            raise
     wrong = {index: call.injections[index] for index in call.injected or () if call.injections[index] != 1}
     if wrong:
         raise InterceptionError(

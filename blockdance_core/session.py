@@ -133,6 +133,7 @@ class Session:
         self.step = 0
         self.sigma = math.nan
         self.condition: Hashable = None
+        self.caller: Hashable = None  # the guidance function that makes the current calls, if one does
         self.shape: Sequence[int] | None = None
         self._occurrences: defaultdict[Hashable, int] = defaultdict(int)
         self._lock = threading.Condition()  # on several GPUs the host calls one model per device, each from a thread
@@ -264,7 +265,7 @@ class Session:
     def _streams(self, owner: object, info: CallInfo) -> tuple[Hashable, ...]:
         streams = []
         for stream in info.streams:
-            identity = (id(owner), stream, info.condition)
+            identity = (id(owner), stream)
             streams.append((*identity, self._occurrences[identity]))
             self._occurrences[identity] += 1
         return tuple(streams)

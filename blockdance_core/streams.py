@@ -22,6 +22,7 @@ class Entry:
     Attributes:
         step: Index of the executed step.
         group: The group it is valid in; elsewhere it only serves as history.
+        condition: What else it is valid under, such as the shapes of control residuals.
         sigma: Noise level at the evaluation.
         anchored: Whether `feature` is a residual against the input of block 0, or the boundary output itself.
         feature: Components [rows, tokens, width].
@@ -29,6 +30,7 @@ class Entry:
 
     step: int
     group: int | None
+    condition: Hashable
     sigma: float
     anchored: bool
     feature: Feature
@@ -82,7 +84,8 @@ class FeatureCache:
             Why nothing was stored, or None. Running out of memory here is such a reason; it is not raised.
         """
         self._seen[key] = entry.step
-        history = [old for old in self._entries.get((key, boundary), []) if old.step != entry.step][: self.keep - 1]
+        history = [old for old in self._entries.get((key, boundary), [])
+                   if old.step != entry.step and old.condition == entry.condition][: self.keep - 1]
         self._replace(key, boundary, history)
         if self.stored_bytes + nbytes(output) > self.limit:
             return f"the cache is at its limit of {self.limit / 2**20:.0f} MiB"
@@ -102,6 +105,7 @@ class FeatureCache:
         keys: Sequence[StreamKey],
         boundary: int,
         group: int | None,
+        condition: Hashable,
         sigma: float,
         current: Feature | None,
         device: torch.device | None = None,
@@ -112,6 +116,7 @@ class FeatureCache:
             keys: One stream per equal chunk of rows, in batch order.
             boundary: Block index to forecast.
             group: The group of this step; a stream that stored nothing in it has no forecast.
+            condition: What holds now; a stream whose last feature was stored under another one has no forecast.
             sigma: Noise level now.
             current: Input of block 0 now, all rows, in the layout of the boundary; None where that is not known.
             device: Where the model runs; None for where the features are stored.
@@ -122,7 +127,9 @@ class FeatureCache:
         chunks = []
         for key in keys:
             history = self._entries.get((key, boundary), [])
-            if not history or history[0].group != group or (history[0].anchored and current is None):
+            if not history or (history[0].group, history[0].condition) != (group, condition):
+                return NOTHING_STORED
+            if history[0].anchored and current is None:
                 return NOTHING_STORED
             # An output that did not fit its input is held, never extrapolated.
             alike = [entry for entry in history if entry.anchored] if history[0].anchored else history[:1]

@@ -103,8 +103,9 @@ class Visit:
         if feature is None or any(part is not None and part.shape[0] != self.info.rows for part in feature):
             self._break("its blocks do not take one row per sample")
             return None
-        if obstacle and self.record:
-            self.fallbacks.append(obstacle)
+        if obstacle:
+            self.obstacle = obstacle
+            self.fallbacks += [obstacle] if self.record else []
             self.record = ()
         if self.state.broken or not self.record:
             return None
@@ -132,7 +133,8 @@ class Visit:
         injected = {}
         for tap in self.record:
             forecast = self.state.cache.predict(
-                self.keys, tap, self.plan.group, self.moment.sigma, self._in_layout_of(tap, feature), self.info.device
+                self.keys, tap, self.plan.group, self.info.condition, self.moment.sigma, self._in_layout_of(tap, feature),
+                self.info.device,
             )
             if isinstance(forecast, str):
                 return forecast
@@ -162,8 +164,8 @@ class Visit:
         if self.entries == 0 and self.state.blocks[0].hook_key not in self.info.replaced:
             self.fallbacks.append("the blocks did not run: something else answered the call")
             self.skipped = len(self.state.blocks)
-            if self.probing and not self.state.predicted_bytes:
-                self.state.first_evaluation = None
+        if self.probing and not self.state.predicted_bytes:
+            self.state.first_evaluation = None  # nothing to measure yet: the next evaluation is the first
 
     def _store(self, index: int, output: Feature) -> None:
         try:
@@ -178,7 +180,7 @@ class Visit:
             def chunk(feature: Feature, start: int = number * rows) -> Feature:
                 return tuple(None if part is None else part.narrow(0, start, rows) for part in feature)
 
-            entry = Entry(self.moment.step, self.plan.group, self.moment.sigma, False, ())
+            entry = Entry(self.moment.step, self.plan.group, self.info.condition, self.moment.sigma, False, ())
             reason = self.state.cache.store(key, index, entry, chunk(output), None if base is None else chunk(base))
             if reason:
                 self.fallbacks.append(reason)

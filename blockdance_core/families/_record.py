@@ -29,6 +29,7 @@ class Section:
         passed_on: What a block returns behind the feature: a port whose argument it hands on, or None for nothing.
         long_skips: Whether block j of the first half also feeds block L-1-j, its mirror image in the second half.
         obstacle: Tells from block 0's keyword arguments why a call has to run every block, or None.
+        live: How many blocks at the end of the list always run, and do not count.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Section:
     passed_on: tuple[Port | None, ...] = ()
     long_skips: bool = False
     obstacle: Callable[[Mapping[str, Any]], str | None] | None = None
+    live: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Family:
             if position:
                 layout = _then(layout, section.join) if blocks else _same
             listed = list(modules.children())
+            listed = listed[: len(listed) - section.live]
             start, mirrored = len(blocks), (len(listed) - 1) // 2 if section.long_skips else 0
             blocks += [
                 Block(

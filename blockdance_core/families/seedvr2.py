@@ -1,6 +1,7 @@
 """SeedVR2 (host: comfy/ldm/seedvr/model.py, v0.30.0).
 
-The samples of a call lie one behind the other in one sequence, and the model exchanges the halves of its texts.
+The samples of a call lie one behind the other in one sequence, and the model exchanges the halves of its texts. The last
+block leaves behind what the layer after the blocks needs, so it always runs.
 """
 
 from blockdance_core.config import Defaults
@@ -17,6 +18,7 @@ FAMILY = Family(
             hook="block",
             batch_dim=None,
             passed_on=(Port("vid_shape", 2), Port("txt_shape", 3)),
+            live=1,
         ),
     ),
     defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),

@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 KEY = "blockdance"
 _MAX_RUNS = 512  # a tiled upscale has one run a tile
 _TEXT_TOKENS = 512
+_GUIDANCE = ("sampler_pre_cfg_function", "sampler_post_cfg_function")
 
 
 class Handle:
@@ -128,7 +129,12 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
     session.announced_bytes = _announced_bytes(handle, guider.model_patcher, shapes)
     before = guider.model_options
     guider.model_options = create_model_options_clone(before)
-    guider.model_options.setdefault("transformer_options", {})[KEY] = session
+    options = guider.model_options.setdefault("transformer_options", {})
+    options[KEY] = session
+    # Innermost, wherever our node stands: then the blocks that are hooked are the ones that run, compiled ones for example.
+    around_model = options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    if KEY in around_model:
+        around_model[KEY] = around_model.pop(KEY)
     completed = False
     try:
         result = executor(*args, **kwargs)
@@ -176,28 +182,53 @@ def _predict_noise(
     if session is None:
         return executor(x, timestep, model_options, *args, **kwargs)
     sigma = float(timestep.reshape(-1)[0])  # synchronises the GPU, once per evaluation
-    session.begin_evaluation(sigma, _active_controls(getattr(executor.class_obj, "conds", {}), sigma))
+    session.begin_evaluation(sigma, _active_controls(getattr(executor.class_obj, "conds", {}), sigma), x.shape)
     session.evaluating = True
     try:
-        return executor(x, timestep, model_options, *args, **kwargs)
+        return executor(x, timestep, _with_named_passes(model_options, session), *args, **kwargs)
     finally:
         session.evaluating = False
 
 
-def _apply_model(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
-    options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[5] if len(args) > 5 else {}
-    session = _session_in(options)
-    if session is None:
-        return executor(*args, **kwargs)
-    x, timestep = args[0], args[1]
+def _with_named_passes(model_options: dict[str, Any], session: Session) -> dict[str, Any]:
+    """The same options, with guidance functions that name the extra model calls they make.
+
+    Such calls share everything with the prompt's own. They are numbered; when one function stops calling in mid-run, the
+    numbers of the others would shift.
+    """
+    def named(name: tuple[str, int], function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            session.caller = name
+            try:
+                return function(*args, **kwargs)
+            finally:
+                session.caller = None
+
+        return call
+
+    lists = {name: model_options[name] for name in _GUIDANCE if model_options.get(name)}
+    return model_options | {
+        name: [named((name, index), function) for index, function in enumerate(functions)] for name, functions in lists.items()
+    }
+
+
+def _apply_model(
+    executor: WrapperExecutor, x: torch.Tensor, t: torch.Tensor, c_concat: Any = None, c_crossattn: Any = None,
+    control: Any = None, transformer_options: dict[str, Any] | None = None, **kwargs: Any,
+) -> Any:
+    options = dict(transformer_options or {})
+    # The model itself never sees the session: core TorchCompileModel puts no guards on these options, so a model that
+    # was compiled with a key fails in a run without it.
+    session = options.pop(KEY, None)
+    if not isinstance(session, Session):
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     if not session.evaluating:
-        session.begin_evaluation(float(timestep.reshape(-1)[0]))
+        session.begin_evaluation(float(t.reshape(-1)[0]))
     model: BaseModel = executor.class_obj
 
     def describe() -> CallInfo:
-        control = kwargs["control"] if "control" in kwargs else args[4] if len(args) > 4 else None
         return CallInfo(
-            streams=_streams(options), rows=x.shape[0], device=x.device,
+            streams=_streams(options, session.caller), rows=x.shape[0], device=x.device,
             replaced=frozenset(options.get("patches_replace", {}).get("dit", {})),
             condition=(
                 session.condition, _control_shapes(control), _hook_strengths(model), _active_patches(options, session.sigma)
@@ -206,7 +237,7 @@ def _apply_model(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         )
 
     with session.call(model, model.diffusion_model, x.device, describe):
-        return executor(*args, **kwargs)
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
 def _session_in(options: dict[str, Any]) -> Session | None:
@@ -214,7 +245,7 @@ def _session_in(options: dict[str, Any]) -> Session | None:
     return session if isinstance(session, Session) else None
 
 
-def _streams(options: dict[str, Any]) -> tuple[tuple[object, ...], ...]:
+def _streams(options: dict[str, Any], caller: Hashable = None) -> tuple[tuple[object, ...], ...]:
     window = options.get("context_window")
     frames = tuple(getattr(window, "index_list", ())) if window is not None else None
     slots = (
@@ -222,7 +253,7 @@ def _streams(options: dict[str, Any]) -> tuple[tuple[object, ...], ...]:
         tuple(sorted(f"{name}:{key}" for name, patches in options.get("patches_replace", {}).items() for key in patches)),
     )
     chunks = zip(options.get("uuids", ()), options.get("cond_or_uncond", ()), strict=False)
-    return tuple((uuid, index, frames, slots) for uuid, index in chunks)
+    return tuple((uuid, index, frames, slots, caller) for uuid, index in chunks)
 
 
 def _control_shapes(control: dict[str, Any] | None) -> tuple[object, ...] | None:

@@ -30,7 +30,7 @@ def boundary_bytes(case: Case, boundary: int, batch: int) -> int:
     blocks = case.blocks(model.model.diffusion_model)
     needed = [boundary, *(early for early, late in case.skips if early < boundary < late)]
     handles = [blocks[index].register_forward_hook(note) for index in needed]
-    sample(model, case, steps=1, batch=batch)
+    sample(model, case, steps=2, batch=batch, callback=lambda step, *_: seen.clear() if step == 0 else None)
     for handle in handles:
         handle.remove()
     return sum(seen)

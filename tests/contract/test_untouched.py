@@ -26,6 +26,14 @@ def frozen(value: Any) -> Any:
     return value if isinstance(value, (int, float, str, bool, type(None))) else id(value)
 
 
+THEIRS = {
+    "current_patcher", "_parameters", "_buffers",
+    "affline_scale_log_info", "affline_emb", "crossattn_emb",  # at every call (cosmos/predict2.py, v0.30.0, line 877)
+    "_kv_cache_entries", "_visual_cache",  # prefix of the prompts (hidream_o1/model.py, v0.30.0, line 208)
+}
+"""What the host itself leaves on modules."""
+
+
 def snapshot(model: ModelPatcher) -> dict[str, Any]:
     inner = model.model
     return {
@@ -36,7 +44,7 @@ def snapshot(model: ModelPatcher) -> dict[str, Any]:
         "attributes": sorted(inner.__dict__),
         "modules": {
             name: {key: frozen(value) for key, value in module.__dict__.items()
-                   if key not in ("current_patcher", "_parameters", "_buffers")}
+                   if key not in THEIRS}
             for name, module in inner.diffusion_model.named_modules()
         },
         "forwards": [name for name, module in inner.named_modules() if "forward" in module.__dict__],

@@ -9,7 +9,7 @@ from torch import Tensor
 from blockdance_core import streams
 from blockdance_core.forecast import FORECASTS
 from blockdance_core.interception import Feature
-from blockdance_core.streams import Entry, FeatureCache
+from blockdance_core.streams import NOTHING_STORED, Entry, FeatureCache
 
 SHAPE = (1, 4, 8)
 BYTES = 4 * 8 * 4
@@ -21,20 +21,21 @@ def cache(forecast: str = "hold", keep: int = 1) -> FeatureCache:
 
 def put(
     into: FeatureCache, value: Tensor | float, *, key: str = "a", step: int = 0, group: int | None = 0,
-    sigma: float = 1.0, base: Tensor | float | None = None, boundary: int = 2,
+    sigma: float = 1.0, base: Tensor | float | None = None, boundary: int = 2, condition: str | None = None,
 ) -> str | None:
     feature = (torch.full(SHAPE, value) if isinstance(value, float) else value,)
     start: Feature | None = None
     if base is not None:
         start = (torch.full(SHAPE, base) if isinstance(base, float) else base,)
-    return into.store(key, boundary, Entry(step, group, sigma, False, ()), feature, start)
+    return into.store(key, boundary, Entry(step, group, condition, sigma, False, ()), feature, start)
 
 
 def get(
-    of: FeatureCache, *keys: str, group: int | None = 0, sigma: float = 0.5, current: float | None = None
+    of: FeatureCache, *keys: str, group: int | None = 0, sigma: float = 0.5, current: float | None = None,
+    condition: str | None = None,
 ) -> Tensor | str:
     now = None if current is None else (torch.full((len(keys) or 1, *SHAPE[1:]), current),)
-    found = of.predict(keys or ("a",), 2, group, sigma, now)
+    found = of.predict(keys or ("a",), 2, group, condition, sigma, now)
     if isinstance(found, str):
         return found
     assert found[0] is not None
@@ -45,6 +46,17 @@ def value(found: Tensor | str) -> float:
     assert isinstance(found, Tensor), found
     assert (found == found.flatten()[0]).all()
     return float(found.flatten()[0])
+
+
+def test_another_condition_has_no_forecast_and_takes_the_place_of_the_one_before() -> None:
+    into = cache("taylor", keep=2)
+    put(into, 3.0, base=1.0, condition="control")
+    assert get(into, current=1.0) == NOTHING_STORED
+    assert value(get(into, current=1.0, condition="control")) == 3
+    put(into, 5.0, base=1.0, step=1, sigma=0.8, condition="none")
+    assert get(into, current=1.0, condition="control") == NOTHING_STORED
+    assert value(get(into, current=1.0, condition="none")) == 5, "no history of the other condition"
+    assert into.stored_bytes == BYTES
 
 
 def test_store_clones_so_that_later_writes_do_not_reach_it() -> None:
@@ -103,7 +115,7 @@ def test_slices_of_a_batch_keep_their_own_bytes_only() -> None:
     into = cache()
     for key, row in (("a", 0), ("b", 1)):
         put(into, batch.narrow(0, row, 1), key=key)
-    both = into.predict(("b", "a"), 2, 0, 0.5, None)
+    both = into.predict(("b", "a"), 2, 0, None, 0.5, None)
     assert not isinstance(both, str)
     assert both[0] is not None
     assert torch.equal(both[0], batch.flip(0))
@@ -114,8 +126,8 @@ def test_slices_of_a_batch_keep_their_own_bytes_only() -> None:
 
 def test_components_that_are_none_stay_none() -> None:
     into = cache("delta")
-    into.store("a", 2, Entry(0, 0, 1.0, False, ()), (None, torch.ones(SHAPE)), (torch.ones(SHAPE), torch.ones(SHAPE)))
-    found = into.predict(("a",), 2, 0, 0.5, (torch.ones(SHAPE), 3 * torch.ones(SHAPE)))
+    into.store("a", 2, Entry(0, 0, None, 1.0, False, ()), (None, torch.ones(SHAPE)), (torch.ones(SHAPE), torch.ones(SHAPE)))
+    found = into.predict(("a",), 2, 0, None, 0.5, (torch.ones(SHAPE), 3 * torch.ones(SHAPE)))
     assert not isinstance(found, str)
     assert found[0] is None
     assert found[1] is not None
@@ -223,8 +235,8 @@ def test_forecast_in_half_precision_saturates_where_float16_ends() -> None:
     for step, (sigma, output) in enumerate(((0.8, 60000.0), (0.6, 64000.0))):
         feature = (torch.full(shape, output, dtype=torch.float16),)
         base = (torch.full(shape, -60000.0, dtype=torch.float16),)
-        assert into.store("a", 2, Entry(step, 0, sigma, False, ()), feature, base) is None
-    found = into.predict(("a",), 2, 0, 0.2, (torch.full(shape, 65000.0, dtype=torch.float16),))
+        assert into.store("a", 2, Entry(step, 0, None, sigma, False, ()), feature, base) is None
+    found = into.predict(("a",), 2, 0, None, 0.2, (torch.full(shape, 65000.0, dtype=torch.float16),))
     assert not isinstance(found, str)
     assert found[0] is not None
     assert found[0].dtype == torch.float16

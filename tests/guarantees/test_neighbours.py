@@ -1,4 +1,4 @@
-"""Guarantees beside other nodes: control, replaced blocks, compile, EasyCache, LazyCache, another Accelerate node."""
+"""Guarantees beside other nodes: control, replaced blocks, EasyCache, LazyCache, another Accelerate node."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import Any
 import comfy.samplers
 import pytest
 import torch
-import torch._dynamo
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from comfy_api.torch_helpers import set_torch_compile_wrapper
 from contract.reference import Reference, plan
 from harness import STEPS, accelerate, assert_close, distance, last_run, model_of, reused_steps, runs
 from tiny import CASES, Case, count_calls, fake_control, sample
@@ -116,53 +114,6 @@ def test_skip_layer_guidance_does_not_become_zero() -> None:
     assert_close(sample(accelerated, sd3, steps=STEPS), restated(guided, "taylor", 5))
     assert set(last_run(accelerated)["calls"]) == {1, 2}
     assert last_run(accelerated)["fallbacks"] == {}
-
-
-def compiled(model: ModelPatcher, keys: list[str] | None = None) -> ModelPatcher:
-    clone = model.clone()
-    set_torch_compile_wrapper(clone, backend="eager", keys=keys or ["diffusion_model"])
-    return clone
-
-
-@pytest.mark.parametrize("order", ["compile first", "accelerate first"])
-@pytest.mark.parametrize("case", [sd3, flux, CASES["undeclared"]], ids=lambda case: case.name)
-def test_torch_compile_of_the_model_skips_blocks_and_recompiles_little(case: Case, order: str) -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model = model_of(case)
-    expected = sample(accelerate(model, forecast="taylor", boundary=4), case, steps=STEPS)
-    if order == "compile first":
-        accelerated = accelerate(compiled(model), forecast="taylor", boundary=4)
-    else:
-        accelerated = compiled(accelerate(model, forecast="taylor", boundary=4))
-    found = sample(accelerated, case, steps=STEPS)
-    assert_close(expected, found, 1e-4)
-    run = last_run(accelerated)
-    assert reused_steps(run) == [4, 6, 8]
-    assert run["fallbacks"] == {}
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs <= 5 * case.depth
-    again = sample(accelerated, case, steps=STEPS, seed=1)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= graphs + 2, "a second run compiles again"
-    assert distance(found, again) > 1e-2
-    assert not any("forward" in block.__dict__ for block in case.blocks(model.model.diffusion_model))
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("order", ["compile first", "accelerate first"])
-def test_torch_compile_of_single_blocks_skips_them(order: str) -> None:
-    torch._dynamo.reset()
-    model = model_of(sd3)
-    keys = [f"diffusion_model.joint_blocks.{index}" for index in range(sd3.depth)]
-    expected = sample(accelerate(model, boundary=4), sd3, steps=STEPS)
-    accelerated = accelerate(compiled(model, keys), boundary=4) if order == "compile first" else compiled(
-        accelerate(model, boundary=4), keys)
-    with count_calls(sd3.blocks(model.model.diffusion_model)) as counts:
-        found = sample(accelerated, sd3, steps=STEPS)
-    assert_close(expected, found, 1e-4)
-    assert reused_steps(last_run(accelerated)) == [4, 6, 8]
-    assert counts[-1] - counts[0] == 3
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

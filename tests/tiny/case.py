@@ -49,7 +49,7 @@ class Case:
         latent_shape: Shape of one latent without the batch, `[C, H, W]` or `[C, T, H, W]`.
         patch: Patch size along the latent's spatial (and temporal) dimensions.
         lists: Attribute paths of the block lists (or dicts), in execution order.
-        depth: Number of blocks in all lists.
+        depth: Number of blocks in all lists, without any at the end that always run.
         width: Channels of the token stream.
         text: Shape `[L, C]` of one text, or None where the condition is a class label.
         extras: `(draw, batch)` to further conditioning entries; `draw(name, *shape)` is a seeded normal.
@@ -63,6 +63,7 @@ class Case:
         skips: Long skip connections: pairs (block, later block that takes its output, too).
         max_batch: Most samples the host's own code takes in one run.
         together: Whether the host runs positive and negative conditioning in one call.
+        noisy: Whether the host starts from noise; one model starts from the latent alone.
         separable: Whether the rows of a call can be told apart inside the blocks.
         classes: Names of the host classes that have to exist (`comfy.supported_models`), else the case is left out:
             older releases of the host do not have every model.
@@ -89,6 +90,7 @@ class Case:
     skips: tuple[tuple[int, int], ...] = ()
     max_batch: int = 8
     together: bool = True
+    noisy: bool = True
     separable: bool = True
     classes: tuple[str, ...] = ()
     fits: Callable[[], bool] = lambda: True
@@ -105,7 +107,7 @@ class Case:
     def blocks(self, diffusion_model: nn.Module) -> list[nn.Module]:
         """Every block in execution order."""
         lists = [diffusion_model.get_submodule(path) for path in self.lists]
-        return [block for blocks in lists for block in blocks.children()]
+        return [block for blocks in lists for block in blocks.children()][: self.depth]
 
     def rows(self, batch: int) -> int:
         """`batch`, or as many samples as the host's code takes."""

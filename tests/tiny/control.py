@@ -58,7 +58,8 @@ class FakeControl(ControlBase):
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         """Read the lengths of the block lists off the model, as the host calls it before sampling."""
         super().pre_run(model, percent_to_timestep_function)
-        self.lengths = [len(model.diffusion_model.get_submodule(name)) for name in self.case.lists]
+        lists = [len(model.diffusion_model.get_submodule(name)) for name in self.case.lists]
+        self.lengths = [len(self.case.skips)] if self.case.skips else lists  # HunyuanDiT adds one to each long skip
 
 
 def fake_control(case: Case, strength: float = 1.0, seed: int = 0, percent: tuple[float, float] = (0.0, 1.0)) -> FakeControl:

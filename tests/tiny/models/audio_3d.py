@@ -244,7 +244,7 @@ def _seedvr2_case(name: str, make: Callable[[], comfy.model_base.BaseModel], fra
         latent_shape=(16, frames, 8, 8),
         patch=(1, 2, 2),
         lists=("blocks",),
-        depth=8,
+        depth=7,  # of 8: the last one fills a cache that the layer behind it reads (seedvr/model.py, v0.30.0, line 1033)
         width=24,
         text=(7, TEXT[1]),  # the host repeats texts to a common length if that is not too long: 7 and 5 are
         # The same for both conditionings, as from the host's node: of a call with both, the host swaps the texts only.

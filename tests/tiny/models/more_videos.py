@@ -49,6 +49,7 @@ def _wan_case(
     shrink: Callable[[nn.Module], None] = lambda diffusion_model: None,
     since: tuple[str, ...] = (),
     kind: type[Case] = Case,
+    noisy: bool = True,
     **size: Any,
 ) -> Case:
     def make() -> comfy.model_base.BaseModel:
@@ -69,6 +70,7 @@ def _wan_case(
         text=TEXT,
         extras=extras,
         noise_mask=noise_mask,
+        noisy=noisy,
         classes=(config, *since),
     )
 
@@ -235,7 +237,7 @@ CASES = [
         lambda draw, batch: {"context_latents": [draw("first", 1, 16, 1, 6, 4), draw("second", 1, 16, 2, 4, 4)]},
         since=("WAN21_SCAIL2",),  # as new as these
     ),
-    _wan_case("wan_flow_rvs", "WAN21_FlowRVS"),
+    _wan_case("wan_flow_rvs", "WAN21_FlowRVS", noisy=False),
     _wan_case(  # 17B: the reference is one more frame behind the video
         "wan_humo",
         "WAN21_HuMo",

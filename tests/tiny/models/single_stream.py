@@ -198,6 +198,7 @@ def _hunyuan_dit_case(name: str, config: str, **extra: Any) -> Case:
         extras=_two_texts,
         family="hunyuan_dit",
         skips=((0, 7), (1, 6), (2, 5)),
+        control=("output",),
         input_gain=0.1,
     )
 
