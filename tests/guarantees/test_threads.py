@@ -158,7 +158,12 @@ def test_a_thread_that_outlasts_the_run_is_waited_for(two_devices: Any, monkeypa
     model, other = two_devices(case)
     accelerated = accelerate(model, forecast="taylor")
     good = sample(accelerated, case, steps=STEPS)
-    monkeypatch.setattr(comfy.multigpu.MultiGPUThreadPool, "shutdown", lambda pool: None)  # those seconds are over
+
+    def shutdown(pool: Any) -> None:  # as if those seconds were over
+        for queue in pool._work_queues.values():
+            queue.put(None)
+
+    monkeypatch.setattr(comfy.multigpu.MultiGPUThreadPool, "shutdown", shutdown)
     lingering, failed = threading.Event(), threading.Event()
     calls = {id(each): 0 for each in (model, other)}
 
