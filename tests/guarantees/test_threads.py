@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from tiny import CASES, Case, count_calls, sample
 from torch import Tensor, nn
 
 from blockdance_core.config import Config
-from blockdance_core.session import Session
+from blockdance_core.session import Session, StepFigures
 from blockdance_core.visit import CallInfo
 
 some = [CASES[name] for name in ("sd3", "flux", "wan_vace", "hunyuan_dit", "cosmos_t2v", "ltxav") if name in CASES]
@@ -215,13 +214,23 @@ class Blocks(nn.Module):
         return x
 
 
+class Preempted(StepFigures):
+    """Lets other threads run between the reading and the writing of a count."""
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        time.sleep(1e-5)
+        return value
+
+
 @torch.no_grad()
 def test_one_session_called_by_many_threads_at_once_counts_exactly() -> None:
-    """Every thread has a model and an input of its own: with 'delta', a feature of another would show at once."""
+    """Every thread has a model and an input of its own: a feature of another would show at once."""
     threads, steps, outputs, errors = 8, 20, {}, []
     sigmas = [1 - step / steps for step in range(steps + 1)]
     config = Config(preset="custom", window="steps", start_percent=0.1, end_percent=1.0, forecast="hold", boundary=3)
     session = Session(config, sigmas, [1 - sigma for sigma in sigmas])
+    session.figures = [Preempted() for _ in range(steps)]
     models = [Blocks() for _ in range(threads)]
     begin, end = threading.Barrier(threads + 1), threading.Barrier(threads + 1)
 
@@ -239,20 +248,15 @@ def test_one_session_called_by_many_threads_at_once_counts_exactly() -> None:
             begin.abort()
             end.abort()
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        workers = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(threads)]
-        for worker in workers:
-            worker.start()
-        for step in range(steps):
-            session.begin_evaluation(sigmas[step])
-            begin.wait(30)
-            end.wait(30)
-        for worker in workers:
-            worker.join(30)
-    finally:
-        sys.setswitchinterval(interval)
+    workers = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    for step in range(steps):
+        session.begin_evaluation(sigmas[step])
+        begin.wait(30)
+        end.wait(30)
+    for worker in workers:
+        worker.join(30)
     session.close()
     assert errors == []
     assert not any(worker.is_alive() for worker in workers)
