@@ -36,6 +36,11 @@ _enter_host()
 torch.set_num_threads(1)  # at this size a second thread gains nothing, and loses tenfold on a busy machine
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of our own."""
+    parser.addoption("--update-docs", action="store_true", help="write docs/models.md anew")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Seed every global generator; the value is 0."""

@@ -54,9 +54,8 @@ def find(diffusion_model: nn.Module) -> Match:
     """
     model = getattr(diffusion_model, "_orig_mod", diffusion_model)
     names = [base.__name__ for base in type(model).__mro__]
-    for family in declared():
-        if not set(names) & set(family.classes):
-            continue
+    # by the nearest class first: LTX-Video 2 is a subclass of LTX-Video, and has a record of its own
+    for family in (family for name in names for family in declared() if name in family.classes):
         for refused, reason in family.refused:
             if refused in names:
                 raise UnsupportedModelError(f"{type(model).__name__} cannot be accelerated: {reason}.")

@@ -53,6 +53,7 @@ class Family:
         sections: The lists of blocks, in the order of execution.
         defaults: Recommended values and where they come from.
         refused: Subclasses that do not fit, with the reason.
+        depths: Known models of the family and how many blocks they have, for documents.
         verify: Whether the flow between blocks is checked on the first evaluation of every run.
     """
 
@@ -61,6 +62,7 @@ class Family:
     sections: tuple[Section, ...]
     defaults: Defaults = dataclasses.field(default_factory=Defaults)
     refused: tuple[tuple[str, str], ...] = ()
+    depths: tuple[tuple[str, int], ...] = ()
     verify: bool = False
 
     def blocks(self, diffusion_model: nn.Module) -> tuple[Block, ...]:

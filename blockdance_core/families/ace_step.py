@@ -7,6 +7,7 @@ from blockdance_core.interception import Port
 FAMILY = Family(
     name="ACE-Step",
     classes=("ACEStepTransformer2DModel",),
+    depths=(("ACE-Step", 24),),
     sections=(Section("transformer_blocks", (Port("hidden_states", 0),)),),
     defaults=Defaults(source="by analogy with the published image models; no published run on music"),
 )

@@ -7,6 +7,7 @@ from blockdance_core.interception import Port
 FAMILY = Family(
     name="ACE-Step 1.5",
     classes=("AceStepConditionGenerationModel",),
+    depths=(("ACE-Step 1.5", 24),),
     sections=(Section("decoder.layers", (Port("hidden_states", 0),)),),
     defaults=Defaults(source="by analogy with the published image models; no published run on music"),
 )

@@ -14,6 +14,7 @@ def _text_before_image(feature: Feature) -> Feature:
 FAMILY = Family(
     name="AuraFlow",
     classes=("MMDiT",),
+    depths=(("AuraFlow", 36),),
     sections=(
         Section("double_layers", (Port("c", 0), Port("x", 1)), hook="double_block"),
         Section("single_layers", (Port("cx", 0),), hook="single_block", join=_text_before_image),

@@ -8,6 +8,7 @@ from blockdance_core.interception import Port
 FAMILY = Family(
     name="Boogu",
     classes=("BooguTransformer2DModel",),
+    depths=(("Boogu-Image", 40),),
     sections=(
         Section("double_stream_layers", (Port("img_hidden_states", 0), Port("instruct_hidden_states", 1))),
         Section("single_stream_layers", (Port("hidden_states", 0),), join=text_before_image),

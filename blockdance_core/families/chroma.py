@@ -3,4 +3,4 @@
 from blockdance_core.families._common import DOUBLE_THEN_SINGLE
 from blockdance_core.families._record import Family
 
-FAMILY = Family(name="Chroma", classes=("Chroma",), sections=DOUBLE_THEN_SINGLE)
+FAMILY = Family(name="Chroma", classes=("Chroma",), sections=DOUBLE_THEN_SINGLE, depths=(("Chroma, Chroma Radiance", 57),))

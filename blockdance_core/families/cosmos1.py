@@ -7,6 +7,7 @@ from blockdance_core.families._record import Family, Section
 FAMILY = Family(
     name="Cosmos 1",
     classes=("GeneralDIT",),
+    depths=(("7B", 28), ("14B", 36)),
     sections=(Section("blocks", HIDDEN, batch_dim=3),),
     defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
 )

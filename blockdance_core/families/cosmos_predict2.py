@@ -7,6 +7,7 @@ from blockdance_core.interception import Port
 FAMILY = Family(
     name="Cosmos Predict2 / Anima",
     classes=("MiniTrainDIT",),
+    depths=(("Predict2 2B, Anima", 28), ("Predict2 14B", 36)),
     sections=(Section("blocks", (Port("x_B_T_H_W_D", 0),)),),
     defaults=Defaults(source="by analogy with the published image models: Anima and Predict2 mostly make images"),
 )

@@ -7,6 +7,7 @@ from blockdance_core.families._record import Family, Section
 FAMILY = Family(
     name="ERNIE-Image",
     classes=("ErnieImageModel",),
+    depths=(("ERNIE-Image", 36),),
     sections=(Section("layers", HIDDEN),),
     defaults=Defaults(source="by analogy with the published image models"),
 )

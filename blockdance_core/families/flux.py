@@ -3,4 +3,9 @@
 from blockdance_core.families._common import DOUBLE_THEN_SINGLE
 from blockdance_core.families._record import Family
 
-FAMILY = Family(name="Flux", classes=("Flux",), sections=DOUBLE_THEN_SINGLE)
+FAMILY = Family(
+    name="Flux",
+    classes=("Flux",),
+    depths=(("Flux.1 dev, schnell, Fill, Kontext", 57), ("Flux.2 dev", 56)),
+    sections=DOUBLE_THEN_SINGLE,
+)

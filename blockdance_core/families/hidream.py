@@ -21,6 +21,7 @@ def _image_before_text(feature: Feature) -> Feature:
 FAMILY = Family(
     name="HiDream",
     classes=("HiDreamImageTransformer2DModel",),
+    depths=(("HiDream-I1, E1", 48),),
     sections=(
         Section("double_stream_blocks", (Port("image_tokens", 0), Port("text_tokens", 2))),
         Section("single_stream_blocks", (Port("image_tokens", 0),), join=_image_before_text),

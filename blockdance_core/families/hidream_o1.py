@@ -20,6 +20,7 @@ def _fills_the_cache(arguments: Mapping[str, Any]) -> str | None:
 FAMILY = Family(
     name="HiDream-O1",
     classes=("HiDreamO1Transformer",),
+    depths=(("HiDream-O1", 36),),
     sections=(
         Section(
             "language_model.layers", (Port("x", 0),), hook="double_block", passed_on=(None,), obstacle=_fills_the_cache

@@ -7,6 +7,7 @@ from blockdance_core.families._record import Family
 FAMILY = Family(
     name="Hunyuan3D 2",
     classes=("Hunyuan3Dv2",),
+    depths=(("2.0", 48), ("2.0 mini", 24)),
     sections=DOUBLE_THEN_SINGLE,
     defaults=Defaults(source="by analogy with the published image models; no published run on shapes"),
 )

@@ -10,6 +10,7 @@ from blockdance_core.interception import Port
 FAMILY = Family(
     name="Hunyuan3D 2.1",
     classes=("HunYuanDiTPlain",),
+    depths=(("2.1", 21),),
     sections=(Section("blocks", (Port("hidden_states", 0),), hook="block", batch_dim=None, long_skips=True),),
     defaults=Defaults(source="by analogy with the published image models; no published run on shapes"),
 )

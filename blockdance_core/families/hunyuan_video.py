@@ -7,6 +7,7 @@ from blockdance_core.families._record import Family
 FAMILY = Family(
     name="HunyuanVideo",
     classes=("HunyuanVideo",),
+    depths=(("HunyuanVideo, SkyReels", 60), ("1.5", 54)),
     sections=DOUBLE_THEN_SINGLE,
     defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
 )

@@ -7,6 +7,7 @@ from blockdance_core.families._record import Family, Section
 FAMILY = Family(
     name="Ideogram 4",
     classes=("Ideogram4Transformer2DModel",),
+    depths=(("Ideogram 4", 34),),
     sections=(Section("layers", HIDDEN),),
     defaults=Defaults(source="by analogy with the published image models"),
 )

@@ -7,6 +7,7 @@ from blockdance_core.interception import Port
 FAMILY = Family(
     name="Kandinsky 5",
     classes=("Kandinsky5",),
+    depths=(("2B video", 32), ("image", 50), ("19B video", 60)),
     sections=(Section("visual_transformer_blocks", (Port("visual_embed", 0),), hook="double_block"),),
     defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
 )

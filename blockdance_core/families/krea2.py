@@ -7,6 +7,7 @@ from blockdance_core.families._record import Family, Section
 FAMILY = Family(
     name="Krea 2",
     classes=("SingleStreamDiT",),
+    depths=(("Krea 2", 28),),
     sections=(Section("blocks", HIDDEN),),
     defaults=Defaults(source="by analogy with the published image models"),
 )

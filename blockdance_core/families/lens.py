@@ -7,6 +7,7 @@ from blockdance_core.interception import Port
 FAMILY = Family(
     name="Lens",
     classes=("LensTransformer2DModel",),
+    depths=(("Lens", 48),),
     sections=(
         Section(
             "transformer_blocks", (Port("encoder_hidden_states", 1), Port("hidden_states", 0)), hook="double_block"

@@ -5,8 +5,9 @@ from blockdance_core.families._record import Family, Section
 from blockdance_core.interception import Port
 
 FAMILY = Family(
-    name="LTXAV",
+    name="LTX-2",
     classes=("LTXAVModel",),
+    depths=(("LTX-2", 48),),
     sections=(Section("transformer_blocks", (Port("x", 0, 0), Port("x", 0, 1)), hook="double_block"),),
     defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
 )

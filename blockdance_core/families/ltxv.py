@@ -7,6 +7,7 @@ from blockdance_core.families._record import Family, Section
 FAMILY = Family(
     name="LTXV",
     classes=("LTXVModel",),
+    depths=(("2B", 28), ("13B", 48)),
     sections=(Section("transformer_blocks", HIDDEN, hook="double_block"),),
     defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
 )

@@ -7,6 +7,7 @@ from blockdance_core.families._record import Family, Section
 FAMILY = Family(
     name="Lumina 2 / Z-Image",
     classes=("NextDiT",),
+    depths=(("Lumina 2", 26), ("Z-Image", 30)),
     sections=(Section("layers", HIDDEN),),
     defaults=Defaults(source="by analogy with the published image models"),
 )

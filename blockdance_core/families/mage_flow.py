@@ -5,8 +5,9 @@ from blockdance_core.families._record import Family, Section
 from blockdance_core.interception import Port
 
 FAMILY = Family(
-    name="MageFlow",
+    name="Mage-Flow",
     classes=("MageFlowTransformer2DModel",),
+    depths=(("Mage-Flow", 12),),
     sections=(
         Section(
             "transformer_blocks", (Port("encoder_hidden_states", 1), Port("hidden_states", 0)), hook="double_block"

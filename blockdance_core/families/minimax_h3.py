@@ -10,6 +10,7 @@ from blockdance_core.families._record import Family, Section
 FAMILY = Family(
     name="MiniMax H3",
     classes=("MiniMaxH3Model",),
+    depths=(("MiniMax H3", 50),),
     sections=(Section("blocks", HIDDEN, hook="double_block", batch_dim=None),),
     defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
 )

@@ -7,6 +7,7 @@ from blockdance_core.interception import Port
 FAMILY = Family(
     name="Mochi",
     classes=("AsymmDiTJoint",),
+    depths=(("Mochi 1", 48),),
     sections=(Section("blocks", (Port("x", 0), Port("y", 2)), hook="double_block"),),
     defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
 )

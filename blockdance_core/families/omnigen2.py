@@ -7,6 +7,7 @@ from blockdance_core.interception import Port
 FAMILY = Family(
     name="OmniGen2",
     classes=("OmniGen2Transformer2DModel",),
+    depths=(("OmniGen2", 32),),
     sections=(Section("layers", (Port("hidden_states", 0),)),),
     defaults=Defaults(source="by analogy with the published image models"),
 )

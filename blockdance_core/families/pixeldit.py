@@ -7,6 +7,7 @@ from blockdance_core.interception import Port
 FAMILY = Family(
     name="PixelDiT",
     classes=("PixDiT_T2I",),
+    depths=(("PixelDiT, PiD", 14),),
     sections=(Section("patch_blocks", (Port("x", 0), Port("y", 1))),),
     defaults=Defaults(source="by analogy with the published image models"),
 )

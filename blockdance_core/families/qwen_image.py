@@ -5,8 +5,9 @@ from blockdance_core.families._record import Family, Section
 from blockdance_core.interception import Port
 
 FAMILY = Family(
-    name="QwenImage",
+    name="Qwen-Image",
     classes=("QwenImageTransformer2DModel",),
+    depths=(("Qwen-Image, Edit, Layered", 60),),
     sections=(
         Section(
             "transformer_blocks", (Port("encoder_hidden_states", 1), Port("hidden_states", 0)), hook="double_block"

@@ -11,6 +11,7 @@ from blockdance_core.interception import Port
 FAMILY = Family(
     name="SeedVR2",
     classes=("NaDiT",),
+    depths=(("3B", 31), ("7B", 35)),
     sections=(
         Section(
             "blocks",

@@ -7,6 +7,7 @@ from blockdance_core.families._record import Family, Section
 FAMILY = Family(
     name="Stable Audio",
     classes=("AudioDiffusionTransformer",),
+    depths=(("Open 1.0, 3", 24),),
     sections=(Section("transformer.layers", HIDDEN, hook="double_block"),),
     defaults=Defaults(source="by analogy with the published image models; no published run on sound"),
 )

@@ -10,6 +10,7 @@ from blockdance_core.families._record import Family, Section
 FAMILY = Family(
     name="Wan",
     classes=("WanModel",),
+    depths=(("1.3B, 5B", 30), ("14B", 40)),
     sections=(Section("blocks", HIDDEN, hook="double_block"),),
     defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
     refused=(("CausalWanModel", "its blocks advance a key/value cache, so none of them may be skipped"),),

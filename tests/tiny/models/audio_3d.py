@@ -162,7 +162,7 @@ def _ltxav_case(name: str, text: int = 64, parts: Parts = ((16, 3, 4, 4), (8, 5,
     extra = rest.pop("extra", {})
     return Case(
         name=name,
-        family="ltxav",
+        family="ltx_2",
         make=lambda: _ltxav(**extra),
         lists=("transformer_blocks",),
         depth=8,
