@@ -345,3 +345,20 @@ def test_a_patch_with_a_range_of_its_own_drops_the_cache_where_it_ends(percent: 
     run = check(case, model, case.conds(model), in_force(model, percent), "hold")
     assert list(run["fallbacks"].values()) == [1]
     check(case, model, case.conds(model), in_force(model, percent), "delta")
+
+
+@pytest.mark.parametrize("forecast", ["hold", "taylor"])
+def test_features_of_a_condition_that_is_over_are_dropped(forecast: str) -> None:
+    """A LoRA hook whose strength changes at every step: what was stored under the one before is never used again."""
+    from comfy_extras.nodes_hooks import CreateHookKeyframesInterpolated
+
+    model = sd3.build()
+    hooks = scheduled_lora(model, (1.0, 0.0))
+    (frames,) = CreateHookKeyframesInterpolated().create_hook_keyframes(1.0, 0.0, "linear", 0.0, 1.0, 100)
+    hooks.set_keyframes_on_hooks(frames)
+    positive, negative = sd3.conds(model)
+    accelerated = accelerate(model, group_size=8, forecast=forecast)
+    sample(accelerated, sd3, steps=40, conds=(hooked(positive, hooks), negative))
+    run = last_run(accelerated)
+    assert run["cached_bytes"] <= run["predicted_bytes"]
+    assert not [reason for reason in run["fallbacks"] if "limit" in reason]

@@ -168,3 +168,30 @@ def test_a_mask_of_what_is_to_change_reuses_under_differential_diffusion() -> No
         assert reused_steps(last_run(accelerated)) == [4, 6, 8]
     assert distance(expected, run(patched(model), sd3, steps=STEPS)) > 1e-3
     assert distance(expected, restated(sd3, model, run=run)) > 1e-3
+
+
+def with_pass(model: ModelPatcher, factor: float, until: float) -> ModelPatcher:
+    def post_cfg(args: dict[str, Any]) -> Tensor:
+        if float(args["sigma"][0]) < until:
+            return args["denoised"]
+        (other,) = comfy.samplers.calc_cond_batch(
+            args["model"], [args["cond"]], factor * args["input"], args["sigma"], args["model_options"])
+        return args["denoised"] + (args["cond_denoised"] - other)
+
+    clone = model.clone()
+    clone.set_model_sampler_post_cfg_function(post_cfg)
+    return clone
+
+
+@pytest.mark.parametrize("forecast", ["hold", "delta"])
+def test_an_extra_pass_that_ends_leaves_the_next_one_its_own(forecast: str) -> None:
+    """Two nodes run the prompt once more and change no options; the first ends in mid-group, and the second moves up."""
+    model = model_of(sd3)
+    ends = float(sigmas_of(model)[5]) + 1e-3  # in the group (3, 4, 5, 6)
+    both = with_pass(with_pass(model, 0.5, ends), 1.5, -1.0)
+
+    def streams(step: int, call: int) -> object:
+        return ("prompts", "first", "second")[call - 1] if step < 5 else ("prompts", "second")[call - 1]
+
+    expected = restated(sd3, both, forecast=forecast, group_size=4, streams=streams)
+    assert_close(expected, sample(accelerate(both, forecast=forecast, group_size=4), sd3, steps=STEPS))
