@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from comfy import model_management
-from harness import FORECASTS, STEPS, accelerate, every_case, last_run, model_of
+from harness import STEPS, accelerate, every_case, last_run, model_of
 from tiny import CASES, Case, sample
 
 from blockdance_core.session import Session
@@ -42,7 +42,7 @@ def test_stored_bytes_are_those_predicted_and_counted_by_hand(case: Case, batch:
     model, batch = model_of(case), case.rows(batch)
     boundary = 1 if batch == 1 else case.depth - 1
     one = boundary_bytes(case, boundary, batch)
-    for forecast in FORECASTS:
+    for forecast in ("hold", "taylor") if boundary == 1 else ("taylor",):
         accelerated = accelerate(model, forecast=forecast, boundary=boundary)
         sample(accelerated, case, steps=STEPS, batch=batch)
         run = last_run(accelerated)

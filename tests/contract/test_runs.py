@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from harness import STEPS, accelerate, distance, every_case, model_of, runs
 from tiny import Case, sample
 
 
 @every_case
-@pytest.mark.parametrize("forecast", ["hold", "taylor"])
-def test_a_second_run_equals_a_fresh_one(case: Case, forecast: str) -> None:
+def test_a_second_run_equals_a_fresh_one(case: Case) -> None:
     model = model_of(case)
-    used = accelerate(model, forecast=forecast)
+    used = accelerate(model, forecast="taylor")
     first = sample(used, case, steps=STEPS, seed=1)
     other = sample(used, case, steps=STEPS, seed=2)
-    assert torch.equal(other, sample(accelerate(model, forecast=forecast), case, steps=STEPS, seed=2))
+    assert torch.equal(other, sample(accelerate(model, forecast="taylor"), case, steps=STEPS, seed=2))
     assert torch.equal(first, sample(used, case, steps=STEPS, seed=1))
     assert distance(first, other) > 1e-2
     assert [run["reused_steps"] for run in runs(used)] == [3, 3, 3]
