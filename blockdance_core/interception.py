@@ -135,7 +135,7 @@ class Visitor(Protocol):
     """What happens during one call; see `intercept`."""
 
     def at_input(self, feature: Feature | None, obstacle: str | None) -> Mapping[int, Feature] | None:
-        """Sees the input of block 0 before it runs.
+        """Sees the input of block 0 before it runs: once a call, or more often where another node runs the model again.
 
         Args:
             feature: The input; None if the call is not of the declared form.
@@ -187,12 +187,7 @@ def intercept(
                     "place between its blocks. Turn fullgraph off, or compile the blocks one by one."
                 ) from error
             raise
-    wrong = {index: call.injections[index] for index in call.injected or () if call.injections[index] != 1}
-    if wrong:
-        raise InterceptionError(
-            f"the feature of block {min(wrong)} was injected {wrong[min(wrong)]} times in one call of "
-            f"{type(blocks[0].module).__name__}s; please report this with the model's name"
-        )
+    call.check()
 
 
 class _Call:
@@ -211,6 +206,7 @@ class _Call:
         """What block `index` returns instead of running, or `_RUN`."""
         block = self.blocks[index]
         if index == 0:
+            self.check()
             obstacle = block.obstacle(kwargs) if block.obstacle else None
             self.injected = self.visitor.at_input(block.received(args, kwargs), obstacle)
         if self.injected is None or (self.boundary is not None and index > self.boundary):
@@ -231,6 +227,18 @@ class _Call:
             block = self.blocks[index]
             passage = Passage(block.received(args, kwargs), block.returned(value), (*args, *kwargs.values()))
             self.visitor.at_output(index, passage)
+
+
+    def check(self) -> None:
+        """Every feature was injected once since block 0 was entered; from here on they are counted anew."""
+        for index in self.injected or ():
+            if self.injections[index] != 1:
+                raise InterceptionError(
+                    f"the feature of block {index} was injected {self.injections[index]} times in one pass through "
+                    f"{type(self.blocks[0].module).__name__}s; please report this with the model's name"
+                )
+        self.injected = None
+        self.injections.clear()
 
 
 _RUN = object()

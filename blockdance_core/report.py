@@ -30,7 +30,7 @@ def run_record(session: Session, *, completed: bool = True) -> dict[str, Any]:
     state: ModelState | None = next(iter(session.models.values()), None)
     decisions = [session.decision(step) for step in range(steps)]
     depth = len(state.blocks) if state else 0
-    blocks_run = [_plain(figures.blocks / figures.calls) if figures.calls else 0 for figures in session.figures]
+    blocks_run = [_plain(figures.blocks / figures.passes) if figures.passes else 0 for figures in session.figures]
     blocks_possible = sum(figures.depth for figures in session.figures)
     return {
         "schema_version": SCHEMA_VERSION,

@@ -27,9 +27,10 @@ _LIMIT = 4
 
 @dataclasses.dataclass
 class StepFigures:
-    """Counts of one executed step."""
+    """Counts of one executed step. A call runs the model once, or more often where another node makes it."""
 
     calls: int = 0
+    passes: int = 0
     reused: int = 0
     stored: int = 0
     blocks: int = 0
@@ -212,8 +213,10 @@ class Session:
                 figures.stored += visit.stored and visit.plan.group is not None
                 figures.blocks -= visit.skipped
             if state is not None:
-                figures.blocks += len(state.blocks)
-                figures.depth += len(state.blocks)
+                passes = max(visit.passes, 1) if visit is not None else 1
+                figures.passes += passes
+                figures.blocks += passes * len(state.blocks)
+                figures.depth += passes * len(state.blocks)
 
     def warn(self, *texts: str) -> None:
         """Tell the user, each thing once."""

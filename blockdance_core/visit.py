@@ -50,7 +50,7 @@ class Visit:
     Attributes:
         observe: Blocks whose output must be seen if the call computes.
         boundary: Last block to skip if the call reuses; None if it computes in any case.
-        reused: Whether a feature was injected.
+        passes: How often the call ran the model.
         stored: Whether a feature was stored.
         skipped: Number of blocks that did not run.
         fallbacks: Reasons why something planned was not done.
@@ -70,13 +70,13 @@ class Visit:
             streams: One key for each equal chunk of the batch, in batch order.
         """
         self.state, self.plan, self.moment, self.info, self.streams = state, plan, moment, info, streams
-        self.reused = self.stored = False
+        self.reused_passes, self.stored = 0, False
         self.skipped = 0
         self.fallbacks: list[str] = []
         self.warnings: list[str] = []
         self.keys: tuple[StreamKey, ...] = ()
         self.input: Feature | None = None
-        self.entries = 0
+        self.passes = 0
         state.enter(plan.group, moment.step)
         if state.first_evaluation is None:
             state.first_evaluation = moment.evaluation
@@ -92,14 +92,18 @@ class Visit:
         if self.obstacle and self.record:
             self.fallbacks.append(self.obstacle)
             self.record, self.boundary = (), None
+        self.planned = (self.record, self.boundary, self.obstacle)
         probed = range(len(state.blocks)) if self.flow else state.tapped
         self.observe = {*self.record, *(probed if self.probing else ())}
 
     def at_input(self, feature: Feature | None, obstacle: str | None) -> Mapping[int, Feature] | None:
         """The forecasts if this call reuses; else keeps what storing will need, and None."""
-        self.entries += 1
-        if self.entries > 1:
-            self._break("its blocks run more than once in a call")
+        if self.passes:  # another node runs the model several times in a call: each pass is a stream of its own
+            if self.flow and not self.flow.complete(len(self.state.blocks)):
+                self._break("a block runs more than once in a row")
+            self.flow = FlowCheck() if self.flow else None
+            (self.record, self.boundary, self.obstacle), self.input = self.planned, None
+        self.passes += 1
         if feature is None or any(part is not None and part.shape[0] != self.info.rows for part in feature):
             self._break("its blocks do not take one row per sample")
             return None
@@ -110,13 +114,14 @@ class Visit:
         if self.state.broken or not self.record:
             return None
         parts = tuple(part for part in feature if part is not None)
-        self.keys = tuple((stream, self.info.rows // len(self.streams), signature(parts)) for stream in self.streams)
+        rows = self.info.rows // len(self.streams)
+        self.keys = tuple((stream, self.passes, rows, signature(parts)) for stream in self.streams)
         try:
             if self.boundary is not None:
                 injected = self._forecasts(feature)
                 if not isinstance(injected, str):
-                    self.reused = True
-                    self.skipped = self.boundary + 1
+                    self.reused_passes += 1
+                    self.skipped += self.boundary + 1
                     return injected
                 self.fallbacks.append(injected)
             if self.state.cache.forecast.anchored:
@@ -159,9 +164,14 @@ class Visit:
         if index in self.record:
             self._store(index, output)
 
+    @property
+    def reused(self) -> bool:
+        """Whether a feature was injected in every pass."""
+        return 0 < self.passes == self.reused_passes
+
     def finish(self) -> None:
         """The call went through."""
-        if self.entries == 0 and self.state.blocks[0].hook_key not in self.info.replaced:
+        if not self.passes and self.state.blocks[0].hook_key not in self.info.replaced:
             self.fallbacks.append("the blocks did not run: something else answered the call")
             self.skipped = len(self.state.blocks)
         if self.probing and not self.state.predicted_bytes:

@@ -79,6 +79,10 @@ class FlowCheck:
         self._returned: list[weakref.ref[Tensor]] = []
         self._constant: list[weakref.ref[Tensor]] = []
 
+    def complete(self, blocks: int) -> bool:
+        """Whether each of so many blocks ran."""
+        return len(self._returned) == blocks
+
     def failure(self, index: int, passage: Passage) -> str | None:
         """Why skipping would be wrong, judged after block `index` ran; None as long as nothing speaks against it."""
         if passage.received is None or passage.returned is None or passage.returned[0] is None:

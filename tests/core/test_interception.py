@@ -206,7 +206,7 @@ class Skipping(Toy):
 
 def test_an_injection_that_does_not_fire_is_an_error() -> None:
     model = Skipping()
-    with pytest.raises(InterceptionError, match="block 2 was injected 0 times in one call"):  # noqa: SIM117
+    with pytest.raises(InterceptionError, match="block 2 was injected 0 times in one pass"):  # noqa: SIM117
         with intercept(model.entries, Inject(5.0, 2), boundary=2):
             model(x())
     assert untouched(model)
@@ -282,6 +282,15 @@ def test_a_call_of_another_form_is_told_as_none_and_refused_between() -> None:
         with intercept(model.entries, Inject(5.0, 2), boundary=2):
             model(x())
     assert untouched(model)
+
+
+def test_a_second_pass_through_the_model_in_one_call_is_asked_for_and_checked_anew() -> None:
+    model = Toy()
+    visit = Inject(5.0, 1)
+    with intercept(model.entries, visit, boundary=1):
+        assert float((model(x(1)) + model(x(2)))[0, 0, 0]) == 2 * 1105
+    assert visit.inputs == [1.0, 2.0]
+    assert model.ran == [0, 0, 2, 2]
 
 
 class UShaped(Toy):

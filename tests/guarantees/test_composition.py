@@ -13,9 +13,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from guarantees.composition import BOUNDARY, check_both_orders, lora_of, sigmas_of
 from harness import STEPS, accelerate, assert_close, distance, last_run, model_of, reused_steps
-from tiny import CASES, Case, sample
+from tiny import CASES, Case, count_calls, sample
 from tiny.case import normal
 from torch import Tensor
+
+from blockdance_core.streams import NOTHING_STORED
 
 sd3, flux, wan = CASES["sd3"], CASES["flux"], CASES["wan_t2v"]
 
@@ -199,8 +201,8 @@ def test_a_patch_between_blocks_that_writes_in_place_has_its_effect_on_reuse_ste
         check_both_orders(wan, model_of(wan), patched, forecast=forecast)
 
 
-@pytest.mark.parametrize("begins", [0, 5], ids=["always", "in mid-run"])
-def test_a_wrapper_that_runs_the_model_twice_in_a_call_computes_and_says_so(begins: int) -> None:
+@pytest.mark.parametrize("begins", [0, 6], ids=["always", "in mid-group"])
+def test_each_pass_of_a_wrapper_that_runs_the_model_twice_in_a_call_is_a_stream(begins: int) -> None:
     """As HiDream-O1's node against seams does, between two noise levels."""
     model = model_of(flux)
     level = float(sigmas_of(model)[begins])
@@ -215,9 +217,15 @@ def test_a_wrapper_that_runs_the_model_twice_in_a_call_computes_and_says_so(begi
         return clone
 
     full = sample(patched(model), flux, steps=STEPS)
+    blocks = flux.blocks(model.model.diffusion_model)
     for accelerated in (accelerate(patched(model), forecast="taylor"), patched(accelerate(model, forecast="taylor"))):
-        found = sample(accelerated, flux, steps=STEPS)
+        with count_calls(blocks) as counts:
+            found = sample(accelerated, flux, steps=STEPS)
         run = last_run(accelerated)
-        assert any("more than once" in warning for warning in run["warnings"])
-        assert run["reused_calls"] == (0 if begins == 0 else 1)
-        assert torch.equal(found, full) if begins == 0 else distance(full, found) < 0.2
+        twice = STEPS - begins
+        assert counts[-1] == STEPS + twice
+        assert counts[-1] - counts[0] == (6 if begins == 0 else 4), "the pass that is new in its group computes"
+        assert run["fallbacks"] == ({} if begins == 0 else {NOTHING_STORED: 1})
+        assert reused_steps(run) == ([4, 6, 8] if begins == 0 else [4, 8])
+        assert run["blocks_run"][4] == 8 - BOUNDARY - 1
+        assert distance(full, found) < 0.2
