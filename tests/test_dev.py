@@ -371,6 +371,17 @@ def test_requirements_agree_with_the_project_file_and_never_name_torch() -> None
     assert "web" not in project["tool"]["comfy"]
 
 
+def test_supported_releases_are_those_that_can_be_tested() -> None:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    readme, *_ = (ROOT / "README.md").read_text(encoding="utf-8").split("## Try it")
+    named = re.findall(r"v\d+\.\d+\.\d+", readme)
+    assert set(named) == set(environment.HOSTS)
+    oldest = min(environment.HOSTS, key=lambda release: [int(number) for number in release[1:].split(".")])
+    assert named[0] == oldest
+    comfy = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["comfy"]
+    assert comfy["requires-comfyui"] == f">={oldest[1:]}"
+
+
 # The server
 
 
