@@ -26,6 +26,7 @@ from typing import NoReturn
 
 REPO = Path(__file__).resolve().parent
 PYTHON_MIN = (3, 10)
+PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadgroup")  # pytest-xdist; groups: tests/conftest.py
 sys.path.append(str(REPO / "tests"))
 
 from host import environment, server  # noqa: E402
@@ -70,6 +71,7 @@ def test(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> int
         if version != environment.DEFAULT:
             rest = ["-m", "smoke"]
             say(f"ComfyUI {version or env.host} is not {environment.DEFAULT}: running the smoke part; `tests` runs all")
+        rest = [*rest, *PARALLEL]
     # not `python -m pytest`, which puts this folder first on the path, where nodes/ hides the host's nodes.py
     checks.append([str(env.script("pytest")), *rest])
     codes = [run_program(check, env) for check in checks]

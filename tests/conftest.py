@@ -41,6 +41,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-docs", action="store_true", help="write docs/models.md anew")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start servers, browsers and environments run one after the other, in one process of several."""
+    for item in items:
+        if item.path.parent.name in ("browser", "demo", "host", "workflows") or item.path.name == "test_dev.py":
+            item.add_marker(pytest.mark.xdist_group("programs"))
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Seed every global generator; the value is 0."""

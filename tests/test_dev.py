@@ -314,7 +314,7 @@ def test_test_without_arguments_checks_style_and_types_first(
     dev: ModuleType, started: list, capsys: pytest.CaptureFixture, release: str, part: list[str]
 ) -> None:
     assert dev.main(["test", "--host", release]) == 2  # pytest's code
-    assert [command[1:] for command in started] == [["-m", "ruff", "check"], ["-m", "mypy"], part]
+    assert [command[1:] for command in started] == [["-m", "ruff", "check"], ["-m", "mypy"], [*part, *dev.PARALLEL]]
     assert all(release in command[0] for command in started)
     said = "dev.py: ComfyUI v0.27.0 is not v0.30.0: running the smoke part; `tests` runs all\n"
     assert capsys.readouterr().err == (said if part else "")
@@ -333,7 +333,7 @@ def test_test_in_the_users_own_comfyui_goes_by_what_it_calls_itself(
         (host / "comfyui_version.py").write_text(f'# generated\n__version__ = "{says}"\n')
     monkeypatch.setenv("COMFYUI_PATH", str(host))
     dev.main(["test"])
-    assert started[-1][1:] == part
+    assert started[-1][1:] == [*part, *dev.PARALLEL]
     dev.main(["test", "tests"])
     assert started[-1][1:] == ["tests"]
 
