@@ -154,7 +154,7 @@ class InterceptionError(RuntimeError):
 
 
 class FullGraphError(RuntimeError):
-    """torch.compile was told to make one graph of the model, so nothing can be put between its blocks."""
+    """torch.compile was told to leave nothing out of its graphs, so nothing can be put between or around the blocks."""
 
 
 @contextlib.contextmanager
@@ -170,7 +170,7 @@ def intercept(
         boundary: Last block to skip if the visitor injects; None for a call that computes in any case.
 
     Raises:
-        FullGraphError: The model is compiled in one piece.
+        FullGraphError: The model is compiled with `fullgraph`.
         InterceptionError: The visitor injected, and a block with a feature to inject was not passed exactly once.
     """
     call = _Call(blocks, visitor, frozenset(observe), boundary)
@@ -181,10 +181,10 @@ def intercept(
         try:
             yield
         except RuntimeError as error:
-            if type(error).__module__ == "torch._dynamo.exc" and _Hook.__name__ in str(error):
+            if "fullgraph=True" in str(error) or _Hook.__name__ in str(error):
                 raise FullGraphError(
-                    "BlockDance cannot skip blocks of a model that is compiled as a whole with fullgraph = True: there is no "
-                    "place between its blocks. Turn fullgraph off, or compile the blocks one by one."
+                    "BlockDance cannot skip blocks of a model that is compiled with fullgraph = True: there is no place left "
+                    "between its blocks. Turn fullgraph off, or compile the blocks one by one with a node of ComfyUI."
                 ) from error
             raise
     call.check()

@@ -23,7 +23,8 @@ def run_record(session: Session, *, completed: bool = True) -> dict[str, Any]:
 
     Returns:
         `schema_version`, `completed`, `steps`, `sigmas`, `evaluations`, `window`, `decisions`, `boundary`, `blocks_total`,
-        `blocks_run` (per model call, mean over the calls of a step), `calls`, `reused_steps`, `reused_calls`, `fallbacks`,
+        `blocks_run` (per run of the model, mean over a step), `block_runs` and `block_runs_full` (of the whole run, and of one
+        that skips none), `calls`, `reused_steps`, `reused_calls`, `fallbacks`,
         `dit_ms`, `cached_bytes` (peak), `predicted_bytes`, `cut_arithmetic`, `model_family`, `warnings`, `config`.
     """
     steps = len(session.figures)
@@ -31,7 +32,7 @@ def run_record(session: Session, *, completed: bool = True) -> dict[str, Any]:
     decisions = [session.decision(step) for step in range(steps)]
     depth = len(state.blocks) if state else 0
     blocks_run = [_plain(figures.blocks / figures.passes) if figures.passes else 0 for figures in session.figures]
-    blocks_possible = sum(figures.depth for figures in session.figures)
+    block_runs, full = (sum(getattr(figures, name) for figures in session.figures) for name in ("blocks", "depth"))
     return {
         "schema_version": SCHEMA_VERSION,
         "completed": completed,
@@ -53,8 +54,9 @@ def run_record(session: Session, *, completed: bool = True) -> dict[str, Any]:
         "dit_ms": [round(value, 3) for value in session.stopwatch.milliseconds(steps)],
         "cached_bytes": sum(model.cache.peak_bytes for model in session.models.values()),
         "predicted_bytes": sum(model.predicted_bytes for model in session.models.values()),
-        "cut_arithmetic": round(
-            1 - sum(figures.blocks for figures in session.figures) / blocks_possible, 4) if blocks_possible else 0.0,
+        "block_runs": block_runs,
+        "block_runs_full": full,
+        "cut_arithmetic": _cut(block_runs, full),
         "model_family": state.family.name if state else None,
         "warnings": list(session.warnings),
         "config": (state.effective.as_dict() if state else {}) | {"enabled": session.config.enabled},
@@ -67,7 +69,7 @@ def empty_record(reason: str) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION, "completed": False, "steps": 0, "sigmas": [], "evaluations": 0,
         "window": _window((), 0), "decisions": [], "boundary": [], "blocks_total": 0, "blocks_run": [], "calls": [],
         "reused_steps": 0, "reused_calls": 0, "fallbacks": {}, "dit_ms": [], "cached_bytes": 0, "predicted_bytes": 0,
-        "cut_arithmetic": 0.0, "model_family": None, "warnings": [reason], "config": {},
+        "block_runs": 0, "block_runs_full": 0, "cut_arithmetic": 0.0, "model_family": None, "warnings": [reason], "config": {},
     }
 
 
@@ -89,11 +91,9 @@ def totals(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         `runs`, `steps`, `reused_steps`, `calls`, `reused_calls`, `dit_ms`, `cut_arithmetic`, `fallbacks`.
     """
     fallbacks: Counter[str] = Counter()
-    possible = done = 0.0
     for run in runs:
         fallbacks.update(run["fallbacks"])
-        possible += sum(run["calls"]) * run["blocks_total"]
-        done += sum(calls * blocks for calls, blocks in zip(run["calls"], run["blocks_run"], strict=True))
+    block_runs, full = (sum(run[name] for run in runs) for name in ("block_runs", "block_runs_full"))
     return {
         "runs": len(runs),
         "steps": sum(run["steps"] for run in runs),
@@ -101,7 +101,7 @@ def totals(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "calls": sum(sum(run["calls"]) for run in runs),
         "reused_calls": sum(run["reused_calls"] for run in runs),
         "dit_ms": round(sum(sum(run["dit_ms"]) for run in runs), 3),
-        "cut_arithmetic": round(1 - done / possible, 4) if possible else 0.0,
+        "cut_arithmetic": _cut(block_runs, full),
         "fallbacks": dict(fallbacks),
     }
 
@@ -133,6 +133,10 @@ def _window(inside: Sequence[int], steps: int) -> dict[str, Any]:
         "first": inside[0] if inside else None, "last": inside[-1] if inside else None,
         "covered": len(inside), "steps": steps, "text": f"window covers {len(inside)} of {steps} steps",
     }
+
+
+def _cut(block_runs: int, full: int) -> float:
+    return round(1 - block_runs / full, 4) if full else 0.0
 
 
 def _plain(value: float) -> float:

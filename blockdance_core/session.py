@@ -90,13 +90,14 @@ class ModelState:
         cache.limit = _LIMIT * predicted
         if choice == "cpu":
             return cache.move(torch.device("cpu"), cache.keep)
-        room = info.room()
+        room = info.room() + cache.stored_bytes  # what is stored by now has its place already
         if choice == "gpu" or predicted <= room:
             cache.limit = min(cache.limit, max(room, 0.0))
             return ()
         size = f"{predicted / 2**20:.0f} MiB of features do not fit the {max(room, 0) / 2**20:.0f} MiB left on {info.device}"
         if cache.keep > 1 and predicted / cache.keep <= room:
             self.predicted_bytes = predicted // cache.keep
+            cache.limit = min(_LIMIT * self.predicted_bytes, room)
             return (f"{size}: no history is kept, forecasts are of order 0", *cache.move(info.device, 1))
         return (f"{size}: kept in CPU memory", *cache.move(torch.device("cpu"), cache.keep))
 
@@ -134,31 +135,53 @@ class Session:
         self.step = 0
         self.sigma = math.nan
         self.condition: Hashable = None
-        self.caller: Hashable = None  # the guidance function that makes the current calls, if one does
+        self.caller: Hashable = None  # the guidance function that makes the current calls
         self.shape: Sequence[int] | None = None
         self._occurrences: defaultdict[Hashable, int] = defaultdict(int)
+        self._numbers: dict[Hashable, int] = {}  # of the evaluation before
         self._lock = threading.Condition()  # on several GPUs the host calls one model per device, each from a thread
         self._under_way = 0
         self._closed = False
 
-    def begin_evaluation(self, sigma: float, condition: Hashable = None, shape: Sequence[int] | None = None) -> None:
-        """A new evaluation of the model at `sigma` begins; its streams are numbered afresh.
+    @contextlib.contextmanager
+    def evaluation(self, sigma: float, condition: Hashable = None, shape: Sequence[int] | None = None) -> Iterator[None]:
+        """Wraps one evaluation of the model, of one or more calls; its streams are numbered afresh.
 
         Args:
             sigma: Noise level.
             condition: What else must not change between storing and reusing, such as the ControlNets in force.
             shape: Of the whole latent, if known.
         """
+        # Where a stream is evaluated more or less often than last time, numbers may have shifted: then nothing is reused.
+        shifted = any(self._numbers.get(stream, count) != count for stream, count in self._occurrences.items())
+        self._numbers = dict(self._occurrences)
         self._occurrences.clear()
-        if shape is not None and shape != self.shape:
-            self.shape = shape
-            for state in self.models.values():
+        grown = shape is not None and shape != self.shape
+        self.shape = shape if grown else self.shape
+        for state in self.models.values():
+            if grown:
                 state.restart()
+            elif shifted:
+                state.cache.clear()
         step = step_of(self.sigmas, sigma, self.step)
         if self.evaluations and step != self.step:
             self._tell()
         self.evaluations += 1
         self.step, self.sigma, self.condition = step, sigma, condition
+        self.evaluating = True
+        try:
+            yield
+        finally:
+            self.evaluating = False
+
+    @contextlib.contextmanager
+    def calls_of(self, caller: Hashable) -> Iterator[None]:
+        """The model calls made inside are those of a guidance function, not the prompt's own."""
+        before, self.caller = self.caller, caller
+        try:
+            yield
+        finally:
+            self.caller = before
 
     @contextlib.contextmanager
     def call(
@@ -170,7 +193,7 @@ class Session:
             owner: The host's model object; streams of different owners never mix.
             diffusion_model: The transformer that will run.
             device: Where it runs.
-            describe: Gathers what the host says about the call; asked only where something is to be reused.
+            describe: Gathers what the host says about the call; asked only in a run that plans to reuse.
         """
         with self._lock:
             planned = bool(self.figures) and not self._closed

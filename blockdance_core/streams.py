@@ -76,7 +76,7 @@ class FeatureCache:
         Args:
             key: The stream.
             boundary: Block index of the output.
-            entry: Step, group and sigma; its feature is filled in here.
+            entry: Step, group, condition and sigma; its feature is filled in here.
             output: Raw output of the boundary block, rows of this stream only. Never kept by reference.
             base: Input of block 0 in the same layout; None to store the output itself.
 

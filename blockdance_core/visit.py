@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,7 +26,7 @@ class CallInfo(NamedTuple):
         device: Where the model runs.
         replaced: The host's `patches_replace` keys in force.
         condition: What else must not change between storing and reusing, such as the shapes of control residuals.
-        room: How many bytes may be stored on that device; asked at most once a run.
+        room: How many bytes may still be stored on that device; asked once, and again after a change of size.
     """
 
     streams: tuple[Hashable, ...]
@@ -44,13 +45,35 @@ class Moment(NamedTuple):
     sigma: float
 
 
+@dataclasses.dataclass
+class _Pass:
+    """One pass through the blocks.
+
+    Attributes:
+        record: Blocks to store the output of if the pass computes, or to inject one at.
+        boundary: Last block to skip if the pass reuses; None if it computes in any case.
+        obstacle: Why nothing may be stored or reused.
+        flow: Checks how the blocks are connected, on the first evaluation of a model found by structure.
+        keys: The streams, with all that tells their features apart.
+        input: What entered block 0, kept for storing.
+    """
+
+    record: tuple[int, ...]
+    boundary: int | None
+    obstacle: str | None
+    flow: FlowCheck | None
+    keys: tuple[StreamKey, ...] = ()
+    input: Feature | None = None
+
+
 class Visit:
     """One call: what is observed in it, stored from it, or injected into it. The visitor of `intercept`.
 
     Attributes:
         observe: Blocks whose output must be seen if the call computes.
         boundary: Last block to skip if the call reuses; None if it computes in any case.
-        passes: How often the call ran the model.
+        passes: How often the call ran the model: once, unless another node makes it run again.
+        reused_passes: How many passes a feature was injected into.
         stored: Whether a feature was stored.
         skipped: Number of blocks that did not run.
         fallbacks: Reasons why something planned was not done.
@@ -70,75 +93,69 @@ class Visit:
             streams: One key for each equal chunk of the batch, in batch order.
         """
         self.state, self.plan, self.moment, self.info, self.streams = state, plan, moment, info, streams
-        self.reused_passes, self.stored = 0, False
-        self.skipped = 0
+        self.passes = self.reused_passes = self.skipped = 0
+        self.stored = False
         self.fallbacks: list[str] = []
         self.warnings: list[str] = []
-        self.keys: tuple[StreamKey, ...] = ()
-        self.input: Feature | None = None
-        self.passes = 0
         state.enter(plan.group, moment.step)
         if state.first_evaluation is None:
             state.first_evaluation = moment.evaluation
         self.probing = state.first_evaluation == moment.evaluation
-        self.flow = FlowCheck() if self.probing and state.family.verify else None
         if not self.probing and not state.placed:
             self.warnings += state.place(info)
-        self.record, self.boundary = state.taps(*plan.record), None
+        record, boundary = state.taps(*plan.record), None
         if plan.decision == REUSE and plan.boundary is not None:
-            self.record = state.taps(plan.boundary)  # a compute forced inside a group stores
-            self.boundary = plan.boundary
-        self.obstacle = self._obstacle()
-        if self.obstacle and self.record:
-            self.fallbacks.append(self.obstacle)
-            self.record, self.boundary = (), None
-        self.planned = (self.record, self.boundary, self.obstacle)
-        probed = range(len(state.blocks)) if self.flow else state.tapped
-        self.observe = {*self.record, *(probed if self.probing else ())}
+            record, boundary = state.taps(plan.boundary), plan.boundary  # a compute forced inside a group stores
+        obstacle = self._obstacle()
+        if obstacle and record:
+            self.fallbacks.append(obstacle)
+            record, boundary = (), None
+        flow = FlowCheck() if self.probing and state.family.verify else None
+        self.boundary = boundary
+        self._now = self._planned = _Pass(record, boundary, obstacle, flow)
+        probed = range(len(state.blocks)) if flow else state.tapped
+        self.observe = {*record, *(probed if self.probing else ())}
 
     def at_input(self, feature: Feature | None, obstacle: str | None) -> Mapping[int, Feature] | None:
-        """The forecasts if this call reuses; else keeps what storing will need, and None."""
-        if self.passes:  # another node runs the model several times in a call: each pass is a stream of its own
-            if self.flow and not self.flow.complete(len(self.state.blocks)):
-                self._break("a block runs more than once in a row")
-            self.flow = FlowCheck() if self.flow else None
-            (self.record, self.boundary, self.obstacle), self.input = self.planned, None
+        """The forecasts if this pass reuses; else keeps what storing will need, and None."""
+        if self.passes and self._now.flow and not self._now.flow.complete(len(self.state.blocks)):
+            self._break("a block runs more than once in a row")
         self.passes += 1
+        now = self._now = dataclasses.replace(self._planned, flow=FlowCheck() if self._planned.flow else None)
         if feature is None or any(part is not None and part.shape[0] != self.info.rows for part in feature):
             self._break("its blocks do not take one row per sample")
             return None
         if obstacle:
-            self.obstacle = obstacle
-            self.fallbacks += [obstacle] if self.record else []
-            self.record = ()
-        if self.state.broken or not self.record:
+            self.fallbacks += [obstacle] if now.record else []
+            now.obstacle, now.record = obstacle, ()
+        if self.state.broken or not now.record:
             return None
         parts = tuple(part for part in feature if part is not None)
         rows = self.info.rows // len(self.streams)
-        self.keys = tuple((stream, self.passes, rows, signature(parts)) for stream in self.streams)
+        now.keys = tuple((stream, self.passes, rows, signature(parts)) for stream in self.streams)
         try:
-            if self.boundary is not None:
-                injected = self._forecasts(feature)
+            if now.boundary is not None:
+                injected = self._forecasts(now, feature)
                 if not isinstance(injected, str):
                     self.reused_passes += 1
-                    self.skipped += self.boundary + 1
+                    self.skipped += now.boundary + 1
                     return injected
                 self.fallbacks.append(injected)
             if self.state.cache.forecast.anchored:
-                self.input = cloned(feature)
+                now.input = cloned(feature)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             self.fallbacks.append(NO_MEMORY)
-            self.record = ()
+            now.record = ()
         return None
 
-    def _forecasts(self, feature: Feature) -> dict[int, Feature] | str:
+    def _forecasts(self, now: _Pass, feature: Feature) -> dict[int, Feature] | str:
         """What to inject at every tap, or why there is no forecast."""
         injected = {}
-        for tap in self.record:
+        for tap in now.record:
             forecast = self.state.cache.predict(
-                self.keys, tap, self.plan.group, self.info.condition, self.moment.sigma, self._in_layout_of(tap, feature),
+                now.keys, tap, self.plan.group, self.info.condition, self.moment.sigma, self._in_layout_of(tap, feature),
                 self.info.device,
             )
             if isinstance(forecast, str):
@@ -148,9 +165,9 @@ class Visit:
 
     def at_output(self, index: int, passage: Passage) -> None:
         """Checks and measures on the first evaluation; stores where the plan wants it."""
-        state = self.state
-        if self.flow and not state.broken:
-            problem = self.flow.failure(index, passage)
+        state, now = self.state, self._now
+        if now.flow and not state.broken:
+            problem = now.flow.failure(index, passage)
             if problem:
                 self._break(problem)
         output = passage.returned
@@ -159,10 +176,10 @@ class Visit:
         if output is None or any(part is not None and part.shape[0] != self.info.rows for part in output):
             self._break("its blocks do not return one row per sample")
             return
-        if self.probing and not self.obstacle:
+        if self.probing and not now.obstacle:
             state.predicted_bytes += nbytes(output) * state.cache.keep
-        if index in self.record:
-            self._store(index, output)
+        if index in now.record:
+            self._store(now, index, output)
 
     @property
     def reused(self) -> bool:
@@ -177,16 +194,16 @@ class Visit:
         if self.probing and not self.state.predicted_bytes:
             self.state.first_evaluation = None  # nothing to measure yet: the next evaluation is the first
 
-    def _store(self, index: int, output: Feature) -> None:
+    def _store(self, now: _Pass, index: int, output: Feature) -> None:
         try:
-            base = None if self.input is None else self._in_layout_of(index, self.input)
+            base = None if now.input is None else self._in_layout_of(index, now.input)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             self.fallbacks.append(NO_MEMORY)
             return
         rows = self.info.rows // len(self.streams)
-        for number, key in enumerate(self.keys):
+        for number, key in enumerate(now.keys):
             def chunk(feature: Feature, start: int = number * rows) -> Feature:
                 return tuple(None if part is None else part.narrow(0, start, rows) for part in feature)
 

@@ -15,6 +15,10 @@ from blockdance_core.config import Config
 from blockdance_core.host.attach import attach, handle_of
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+every_family = pytest.mark.parametrize(
+    "case", {case.family: case for case in reversed(CASES.values())}.values(), ids=lambda case: case.name
+)
+"""The first case of each family, for what depends on the engine and the kind of model alone."""
 FORECASTS = ("hold", "delta", "taylor")
 STEPS = 10
 WINDOW: dict[str, Any] = {"preset": "custom", "window": "steps", "start_percent": 0.25, "end_percent": 1.0}

@@ -90,7 +90,7 @@ class FlowCheck:
         received, returned = passage.received[0], passage.returned[0]
         if received is None or signature(passage.received) != signature(passage.returned):
             return f"block {index} returns another shape than it takes"
-        if index and not _same(received, self._returned[-1]()):
+        if index and not (self._returned and _same(received, self._returned[-1]())):
             return f"block {index} does not take what block {index - 1} returned"
         # A skip may reach the block as a new tensor (HunyuanDiT with a control), so whatever looks like the hidden state
         # counts as one unless every block is given the same.

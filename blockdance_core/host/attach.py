@@ -12,6 +12,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +51,7 @@ class Handle:
         effective: The settings in force for this model.
         family: Name of the model family.
         width: Width of the model's tokens, for the estimate before the first evaluation.
-        taps: Number of blocks whose output is stored.
+        stored_blocks: Number of blocks whose output is stored.
     """
 
     def __init__(self, config: Config, node_id: str | None, match: families.Match) -> None:
@@ -60,7 +61,7 @@ class Handle:
         self.family = match.family.name
         shapes = [min(parameter.shape) for parameter in match.blocks[0].module.parameters() if parameter.ndim == 2]
         self.width = statistics.mode(shapes) if shapes else 0
-        self.taps = len(taps(match.blocks, self.effective.boundary))
+        self.stored_blocks = len(taps(match.blocks, self.effective.boundary))
         self._runs: collections.deque[tuple[str | None, dict[str, Any]]] = collections.deque(maxlen=_MAX_RUNS)
 
     def add(self, run: dict[str, Any], prompt_id: str | None) -> None:
@@ -68,9 +69,10 @@ class Handle:
         self._runs.append((prompt_id, run))
 
     def runs(self, prompt_id: str | None = None) -> list[dict[str, Any]]:
-        """Finished runs, oldest first: those of one prompt if it has any, else all that are still logged."""
-        of_prompt = [run for prompt, run in self._runs if prompt_id is not None and prompt == prompt_id]
-        return of_prompt or [run for _, run in self._runs]
+        """Finished runs, oldest first: those of one prompt, or of the last one that sampled."""
+        prompts = [prompt for prompt, _ in self._runs]
+        wanted = prompt_id if prompt_id in prompts else prompts[-1] if prompts else None
+        return [run for prompt, run in self._runs if prompt == wanted]
 
 
 def attach(model: ModelPatcher, config: Config, node_id: str | None = None) -> ModelPatcher:
@@ -131,10 +133,12 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
     guider.model_options = create_model_options_clone(before)
     options = guider.model_options.setdefault("transformer_options", {})
     options[KEY] = session
-    # Innermost, wherever our node stands: then the blocks that are hooked are the ones that run, compiled ones for example.
-    around_model = options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
-    if KEY in around_model:
-        around_model[KEY] = around_model.pop(KEY)
+    _place(options.get("wrappers", {}))
+    for name in _GUIDANCE:
+        if name in guider.model_options:
+            guider.model_options[name] = [
+                _named(session, (name, index), function) for index, function in enumerate(guider.model_options[name])
+            ]
     completed = False
     try:
         result = executor(*args, **kwargs)
@@ -171,45 +175,47 @@ def _announced_bytes(handle: Handle, model: ModelPatcher, shapes: Sequence[Seque
     per_token = math.prod(patch) if isinstance(patch, (tuple, list)) else int(patch) ** 2
     tokens = sum(math.prod(shape[2:]) for shape in shapes) // per_token + _TEXT_TOKENS
     element = model.model.get_dtype_inference().itemsize
-    stored = handle.taps * (FORECASTS[handle.effective.forecast].order + 1)
+    stored = handle.stored_blocks * (FORECASTS[handle.effective.forecast].order + 1)
     return 2 * shapes[0][0] * tokens * handle.width * element * stored
+
+
+def _place(wrappers: dict[str, dict[str, list[Any]]]) -> None:
+    """Put ours where they belong, wherever our node stands in the graph.
+
+    Around an evaluation outermost, so that what another wrapper makes of it counts as one; around the model innermost, so
+    that the blocks that are hooked are the ones that run, compiled ones for example.
+    """
+    evaluation, model = wrappers.get(WrappersMP.PREDICT_NOISE, {}), wrappers.get(WrappersMP.APPLY_MODEL, {})
+    if KEY in evaluation:
+        wrappers[WrappersMP.PREDICT_NOISE] = {KEY: evaluation.pop(KEY), **evaluation}
+    if KEY in model:
+        model[KEY] = model.pop(KEY)
+
+
+def _named(session: Session, name: Hashable, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A guidance function whose own model calls bear its name.
+
+    Such calls share everything with the prompt's own. They are numbered; when one function stops calling in mid-run, the
+    numbers of the others would shift.
+    """
+    @functools.wraps(function)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        with session.calls_of(name):
+            return function(*args, **kwargs)
+
+    return named
 
 
 def _predict_noise(
     executor: WrapperExecutor, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
     session = _session_in(model_options.get("transformer_options", {}))
-    if session is None:
+    if session is None or session.evaluating:
         return executor(x, timestep, model_options, *args, **kwargs)
     sigma = float(timestep.reshape(-1)[0])  # synchronises the GPU, once per evaluation
-    session.begin_evaluation(sigma, _active_controls(getattr(executor.class_obj, "conds", {}), sigma), x.shape)
-    session.evaluating = True
-    try:
-        return executor(x, timestep, _with_named_passes(model_options, session), *args, **kwargs)
-    finally:
-        session.evaluating = False
-
-
-def _with_named_passes(model_options: dict[str, Any], session: Session) -> dict[str, Any]:
-    """The same options, with guidance functions that name the extra model calls they make.
-
-    Such calls share everything with the prompt's own. They are numbered; when one function stops calling in mid-run, the
-    numbers of the others would shift.
-    """
-    def named(name: tuple[str, int], function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            session.caller = name
-            try:
-                return function(*args, **kwargs)
-            finally:
-                session.caller = None
-
-        return call
-
-    lists = {name: model_options[name] for name in _GUIDANCE if model_options.get(name)}
-    return model_options | {
-        name: [named((name, index), function) for index, function in enumerate(functions)] for name, functions in lists.items()
-    }
+    controls = _active_controls(getattr(executor.class_obj, "conds", {}), sigma)
+    with session.evaluation(sigma, controls, x.shape):
+        return executor(x, timestep, model_options, *args, **kwargs)
 
 
 def _apply_model(
@@ -222,8 +228,7 @@ def _apply_model(
     session = options.pop(KEY, None)
     if not isinstance(session, Session):
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-    if not session.evaluating:
-        session.begin_evaluation(float(t.reshape(-1)[0]))
+    evaluation = nullcontext() if session.evaluating else session.evaluation(float(t.reshape(-1)[0]))
     model: BaseModel = executor.class_obj
 
     def describe() -> CallInfo:
@@ -236,7 +241,7 @@ def _apply_model(
             room=lambda: _room(model, x),
         )
 
-    with session.call(model, model.diffusion_model, x.device, describe):
+    with evaluation, session.call(model, model.diffusion_model, x.device, describe):
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 

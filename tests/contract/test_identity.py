@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import STEPS, accelerate, every_case, last_run, model_of
+from harness import STEPS, accelerate, every_case, every_family, last_run, model_of
 from tiny import Case, count_calls, sample
 
 pytestmark = pytest.mark.smoke
@@ -32,7 +32,7 @@ def test_off_in_any_way_is_bit_identical_and_runs_every_block(case: Case) -> Non
         assert run["reused_calls"] == run["cached_bytes"] == 0, name
 
 
-@every_case
+@every_family
 def test_observed_steps_before_the_first_reuse_are_bit_identical(case: Case) -> None:
     model = model_of(case)
     states: list[list[torch.Tensor]] = [[], []]

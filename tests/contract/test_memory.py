@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from comfy import model_management
-from harness import STEPS, accelerate, every_case, last_run, model_of
+from harness import STEPS, accelerate, every_family, last_run, model_of
 from tiny import CASES, Case, sample
 
 from blockdance_core.session import Session
@@ -36,7 +36,7 @@ def boundary_bytes(case: Case, boundary: int, batch: int) -> int:
     return sum(seen)
 
 
-@every_case
+@every_family
 @pytest.mark.parametrize("batch", [1, 3])
 def test_stored_bytes_are_those_predicted_and_counted_by_hand(case: Case, batch: int) -> None:
     model, batch = model_of(case), case.rows(batch)

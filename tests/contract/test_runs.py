@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from harness import STEPS, accelerate, distance, every_case, model_of, runs
+from harness import STEPS, accelerate, distance, every_family, model_of, runs
 from tiny import Case, sample
 
 
-@every_case
+@every_family
 def test_a_second_run_equals_a_fresh_one(case: Case) -> None:
     model = model_of(case)
     used = accelerate(model, forecast="taylor")
@@ -20,7 +20,7 @@ def test_a_second_run_equals_a_fresh_one(case: Case) -> None:
     assert len({str(run["fallbacks"]) for run in runs(used)}) == 1
 
 
-@every_case
+@every_family
 def test_a_run_with_another_batch_length_and_steps_in_between_changes_nothing(case: Case) -> None:
     used = accelerate(model_of(case), forecast="taylor")
     first = sample(used, case, steps=STEPS)

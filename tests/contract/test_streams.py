@@ -11,13 +11,13 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher, set_model_options_patch_replace
 from contract.reference import Reference, plan
-from harness import STEPS, accelerate, assert_close, distance, every_case, last_run, model_of, reused_steps
+from harness import STEPS, accelerate, assert_close, distance, every_family, last_run, model_of, reused_steps
 from tiny import CASES, Case, count_calls, sample, split_calls
 from torch import Tensor
 
 
 @pytest.mark.smoke
-@every_case
+@every_family
 def test_batched_and_split_conditionings_agree(case: Case) -> None:
     accelerated = accelerate(model_of(case), forecast="taylor")
     whole = sample(accelerated, case, steps=STEPS)
@@ -29,7 +29,7 @@ def test_batched_and_split_conditionings_agree(case: Case) -> None:
     assert (run["reused_calls"], run["fallbacks"]) == (6, {})
 
 
-@every_case
+@every_family
 @pytest.mark.parametrize("at", [3, 5], ids=["cache split reuse whole", "mid-run"])
 def test_a_split_that_starts_or_ends_in_mid_run_still_reuses(case: Case, at: int) -> None:
     accelerated = accelerate(model_of(case), forecast="delta", group_size=4)

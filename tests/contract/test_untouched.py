@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfy import model_management
 from comfy.model_patcher import ModelPatcher
-from harness import STEPS, accelerate, every_case, model_of, runs
+from harness import STEPS, accelerate, every_family, model_of, runs
 from tiny import CASES, Case, sample
 from torch import Tensor
 
@@ -70,7 +70,7 @@ class BlockError(RuntimeError):
     pass
 
 
-@every_case
+@every_family
 def test_model_is_unchanged_by_attaching_and_by_runs(case: Case) -> None:
     model = model_of(case)
     with unchanged(model, case):
@@ -78,7 +78,7 @@ def test_model_is_unchanged_by_attaching_and_by_runs(case: Case) -> None:
             sample(accelerate(model, forecast=forecast), case, steps=STEPS)
 
 
-@every_case
+@every_family
 def test_model_is_unchanged_by_an_exception_in_a_deep_block(case: Case) -> None:
     model = model_of(case)
     last = case.blocks(model.model.diffusion_model)[-1]
@@ -103,7 +103,7 @@ def test_model_is_unchanged_by_an_exception_in_a_deep_block(case: Case) -> None:
     assert torch.equal(sample(accelerated, case, steps=STEPS), good)
 
 
-@every_case
+@every_family
 def test_model_is_unchanged_by_an_interrupt(case: Case) -> None:
     model = model_of(case)
     accelerated = accelerate(model)
@@ -120,7 +120,7 @@ def test_model_is_unchanged_by_an_interrupt(case: Case) -> None:
     assert torch.equal(sample(accelerated, case, steps=STEPS), good)
 
 
-@every_case
+@every_family
 def test_another_packs_instance_forward_survives_and_runs(case: Case) -> None:
     model = case.build()
     blocks = case.blocks(model.model.diffusion_model)

@@ -139,7 +139,7 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         skips: list[Tensor] = []
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(reversed(self.blocks) if self.how == "reversed" else self.blocks):
             skip: Any = None
             if self.how == "long skip" and index > 3:
                 skip = skips.pop(0)
@@ -167,8 +167,7 @@ def run(how: str, rows: int = 2, calls: int = 12) -> Session:
     info = CallInfo((("cond", 0),), rows, torch.device("cpu"), frozenset(), None, lambda: float("inf"))
     x = torch.randn(2, 4, 8)
     for sigma in sigmas[:-1]:
-        session.begin_evaluation(sigma)
-        with session.call(model, model, info.device, lambda: info):
+        with session.evaluation(sigma), session.call(model, model, info.device, lambda: info):
             model(x)
     return session
 
@@ -180,7 +179,7 @@ def test_an_undeclared_model_with_a_plain_flow_is_accelerated(how: str) -> None:
     assert session.warnings == []
 
 
-@pytest.mark.parametrize("how", ["long skip", "derived skip", "list of skips", "concatenated", "twice"])
+@pytest.mark.parametrize("how", ["long skip", "derived skip", "list of skips", "concatenated", "twice", "reversed"])
 def test_an_undeclared_model_with_another_flow_is_computed_and_said(how: str) -> None:
     session = run(how)
     assert sum(figures.reused for figures in session.figures) == 0
@@ -250,8 +249,7 @@ def test_hunyuan_dit_has_long_skips_and_is_never_accelerated(controlled: bool) -
     session = Session(Config(preset="paper"), sigmas, [1 - s for s in sigmas])
     info = CallInfo((("cond", 0),), 2, torch.device("cpu"), frozenset(), None, lambda: float("inf"))
     for sigma in sigmas[:-1]:
-        session.begin_evaluation(sigma)
-        with session.call(model, model, info.device, lambda: info), torch.no_grad():
+        with session.evaluation(sigma), session.call(model, model, info.device, lambda: info), torch.no_grad():
             model(torch.randn(2, 4, 16))
     assert sum(figures.reused for figures in session.figures) == 0
     assert "long skip" in session.warnings[0]

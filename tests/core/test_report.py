@@ -42,8 +42,8 @@ def test_records_of_no_run_and_of_a_run_have_the_same_keys() -> None:
 
 def test_totals_add_up_the_runs() -> None:
     one, two = record([1.0, 0.0]), record([1.0, 0.5, 0.0])
-    one |= {"blocks_total": 8, "calls": [2], "blocks_run": [8], "dit_ms": [5.0], "fallbacks": {"a": 1}}
-    two |= {"blocks_total": 8, "calls": [1, 1], "blocks_run": [8, 2], "dit_ms": [4.0, 1.0], "reused_steps": 1,
+    one |= {"calls": [2], "block_runs": 16, "block_runs_full": 16, "dit_ms": [5.0], "fallbacks": {"a": 1}}
+    two |= {"calls": [1, 1], "block_runs": 10, "block_runs_full": 16, "dit_ms": [4.0, 1.0], "reused_steps": 1,
             "reused_calls": 1, "fallbacks": {"a": 2, "b": 1}}
     assert report([one, two], "")["totals"] == {
         "runs": 2, "steps": 3, "reused_steps": 1, "calls": 4, "reused_calls": 1, "dit_ms": 10.0,

@@ -10,6 +10,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from guarantees.composition import check_both_orders, in_force, restated, sigmas_of
 from harness import STEPS, accelerate, assert_close, distance, last_run, model_of, reused_steps
 from tiny import CASES, Case, sample, split_calls
@@ -195,3 +196,88 @@ def test_an_extra_pass_that_ends_leaves_the_next_one_its_own(forecast: str) -> N
 
     expected = restated(sd3, both, forecast=forecast, group_size=4, streams=streams)
     assert_close(expected, sample(accelerate(both, forecast=forecast, group_size=4), sd3, steps=STEPS))
+
+
+@pytest.mark.parametrize("forecast", ["hold", "taylor"])
+def test_a_wrapper_that_evaluates_twice_gets_two_streams_in_both_orders(forecast: str) -> None:
+    def twice(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        once = executor(x, *args, **kwargs)
+        return once + 0.5 * (once - executor(0.5 * x, *args, **kwargs))
+
+    def patched(model: ModelPatcher) -> ModelPatcher:
+        clone = model.clone()
+        clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "twice", twice)
+        return clone
+
+    check_both_orders(sd3, model_of(sd3), patched, forecast=forecast, calls=2)
+
+
+class Nesting(comfy.samplers.CFGGuider):
+    """Asks itself once more in the middle of an evaluation."""
+
+    nested = False
+
+    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: Any = None, seed: int | None = None) -> Tensor:
+        def once(factor: float) -> Tensor:
+            prompt = [self.conds["positive"]]
+            return comfy.samplers.calc_cond_batch(self.inner_model, prompt, factor * x, timestep, model_options)[0]
+
+        cond = once(1.0)
+        if self.nested:
+            return cond
+        self.nested = True
+        other = self(0.5 * x, timestep, model_options=model_options, seed=seed)
+        self.nested = False
+        return cond + 0.3 * (cond - other) + 0.3 * (cond - once(1.5))
+
+
+@pytest.mark.parametrize("forecast", ["hold", "delta"])
+def test_a_guider_that_evaluates_inside_an_evaluation_keeps_its_streams_apart(forecast: str) -> None:
+    def run(model: ModelPatcher, case: Case, *, steps: int, callback: Any = None) -> Tensor:
+        guider = Nesting(model)
+        guider.set_conds(*case.conds(model))
+        guider.set_cfg(1.0)
+        return sampled(guider, model, case, callback)
+
+    model = model_of(sd3)
+    accelerated = accelerate(model, forecast=forecast)
+    expected = restated(sd3, model, forecast=forecast, run=run, streams=lambda step, call: call)
+    assert_close(expected, run(accelerated, sd3, steps=STEPS))
+    assert (last_run(accelerated)["evaluations"], last_run(accelerated)["reused_calls"]) == (STEPS, 9)
+
+
+def test_what_a_guidance_function_keeps_in_the_options_stays_from_step_to_step() -> None:
+    def count(args: dict[str, Any]) -> Tensor:
+        options = args["model_options"]
+        counts.append(options.get("count", 0) + 1)
+        options["count"] = counts[-1]
+        return args["denoised"]
+
+    model = model_of(sd3).clone()
+    model.set_model_sampler_post_cfg_function(count)
+    for patched in (model, accelerate(model)):
+        counts: list[int] = []
+        sample(patched, sd3, steps=5)
+        assert counts == [1, 2, 3, 4, 5]
+
+
+def test_a_pass_that_shifts_the_numbers_of_the_next_costs_one_evaluation() -> None:
+    """Two passes of one function cannot be told apart by name; when the first ends, the other moves up."""
+    model = model_of(sd3)
+    ends = float(sigmas_of(model)[5]) + 1e-3
+
+    def both(args: dict[str, Any]) -> Tensor:
+        def once(factor: float) -> Tensor:
+            return comfy.samplers.calc_cond_batch(
+                args["model"], [args["cond"]], factor * args["input"], args["sigma"], args["model_options"])[0]
+
+        first = once(0.5) if float(args["sigma"][0]) >= ends else 0
+        return args["denoised"] + 0.1 * (first + once(1.5))
+
+    patched = model.clone()
+    patched.set_model_sampler_post_cfg_function(both)
+    accelerated = accelerate(patched, group_size=6)
+    sample(accelerated, sd3, steps=STEPS)
+    run = last_run(accelerated)
+    assert run["decisions"][3:] == ["cache", "reuse", "reuse", "cache", "reuse", "reuse", "compute"]
+    assert sum(run["fallbacks"].values()) == 2

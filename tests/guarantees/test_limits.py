@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from harness import STEPS, accelerate, every_case, last_run, model_of, reused_steps
+from harness import STEPS, accelerate, every_family, last_run, model_of, reused_steps
 from tiny import CASES, Case, sample
 
 from blockdance_core.host import attach as host_attach
@@ -42,7 +42,7 @@ def test_auto_keeps_no_history_first_and_then_moves_to_the_cpu(monkeypatch: pyte
         assert said is None or said in run["warnings"][0]
 
 
-@every_case
+@every_family
 def test_the_host_is_asked_to_keep_free_what_will_be_stored(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []  # samples the host plans for, and what it counts for one
 
@@ -71,6 +71,19 @@ def test_gpu_never_stores_more_than_fits_and_computes_instead(monkeypatch: pytes
     run = last_run(accelerated)
     assert run["reused_calls"] == 0
     assert run["cached_bytes"] < needed("hold")
+    assert any("limit" in reason for reason in run["fallbacks"])
+
+
+def test_streams_that_turn_up_later_find_no_more_room_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = needed("taylor") - 1
+    room_of(monkeypatch, room)
+    accelerated = accelerate(model_of(sd3), forecast="taylor")
+    positive, negative = sd3.conds(accelerated)
+    more = [sd3.conds(accelerated, seed=seed)[0][0] for seed in range(10, 16)]
+    regions = [[text, {**extras, "start_percent": 0.2, "end_percent": 1.0}] for text, extras in more]
+    sample(accelerated, sd3, steps=STEPS, conds=([*positive, *regions], negative))
+    run = last_run(accelerated)
+    assert run["cached_bytes"] <= room
     assert any("limit" in reason for reason in run["fallbacks"])
 
 

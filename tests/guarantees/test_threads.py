@@ -252,9 +252,9 @@ def test_one_session_called_by_many_threads_at_once_counts_exactly() -> None:
     for worker in workers:
         worker.start()
     for step in range(steps):
-        session.begin_evaluation(sigmas[step])
-        begin.wait(30)
-        end.wait(30)
+        with session.evaluation(sigmas[step]):
+            begin.wait(30)
+            end.wait(30)
     for worker in workers:
         worker.join(30)
     session.close()
@@ -272,9 +272,8 @@ def test_one_session_called_by_many_threads_at_once_counts_exactly() -> None:
 
 def test_a_call_that_begins_after_the_end_of_the_run_is_left_alone() -> None:
     session = Session(Config(preset="custom"), [1.0, 0.5, 0.0], [0.0, 0.5, 1.0])
-    session.begin_evaluation(1.0)
     session.close()
     model = Blocks()
-    with session.call(model, model, torch.device("cpu"), lambda: pytest.fail("asked")):
+    with session.evaluation(1.0), session.call(model, model, torch.device("cpu"), lambda: pytest.fail("asked")):
         assert not any("forward" in block.__dict__ for block in model.blocks)
     assert session.models == {}
