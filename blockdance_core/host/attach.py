@@ -71,8 +71,9 @@ class Handle:
     def runs(self, prompt_id: str | None = None) -> list[dict[str, Any]]:
         """Finished runs, oldest first: those of one prompt, or of the last one that sampled."""
         prompts = [prompt for prompt, _ in self._runs]
-        wanted = prompt_id if prompt_id in prompts else prompts[-1] if prompts else None
-        return [run for prompt, run in self._runs if prompt == wanted]
+        if prompts and (prompt_id is None or prompt_id not in prompts):
+            prompt_id = prompts[-1]
+        return [run for prompt, run in self._runs if prompt == prompt_id]
 
 
 def attach(model: ModelPatcher, config: Config, node_id: str | None = None) -> ModelPatcher:
