@@ -1,7 +1,6 @@
 """Cosmos 1, text- and image-to-video (host: comfy/ldm/cosmos/model.py, v0.30.0): tokens are [T, H, W, B, D]."""
 
-from blockdance_core.config import Defaults
-from blockdance_core.families._common import HIDDEN
+from blockdance_core.families._common import HIDDEN, VIDEO
 from blockdance_core.families._record import Family, Section
 
 FAMILY = Family(
@@ -9,5 +8,5 @@ FAMILY = Family(
     classes=("GeneralDIT",),
     depths=(("7B", 28), ("14B", 36)),
     sections=(Section("blocks", HIDDEN, batch_dim=3),),
-    defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
+    defaults=VIDEO,
 )

@@ -1,7 +1,6 @@
 """HunyuanVideo 1.0 and 1.5, SkyReels and HunyuanImage 2.1 (host: comfy/ldm/hunyuan_video/model.py, v0.30.0)."""
 
-from blockdance_core.config import Defaults
-from blockdance_core.families._common import DOUBLE_THEN_SINGLE
+from blockdance_core.families._common import DOUBLE_THEN_SINGLE, VIDEO
 from blockdance_core.families._record import Family
 
 FAMILY = Family(
@@ -9,5 +8,5 @@ FAMILY = Family(
     classes=("HunyuanVideo",),
     depths=(("HunyuanVideo, SkyReels", 60), ("1.5", 54)),
     sections=DOUBLE_THEN_SINGLE,
-    defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
+    defaults=VIDEO,
 )

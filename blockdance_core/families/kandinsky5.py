@@ -1,6 +1,6 @@
 """Kandinsky 5, video and image: one class (host: comfy/ldm/kandinsky5/model.py, v0.30.0)."""
 
-from blockdance_core.config import Defaults
+from blockdance_core.families._common import VIDEO
 from blockdance_core.families._record import Family, Section
 from blockdance_core.interception import Port
 
@@ -9,5 +9,5 @@ FAMILY = Family(
     classes=("Kandinsky5",),
     depths=(("2B video", 32), ("image", 50), ("19B video", 60)),
     sections=(Section("visual_transformer_blocks", (Port("visual_embed", 0),), hook="double_block"),),
-    defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
+    defaults=VIDEO,
 )

@@ -3,8 +3,7 @@
 One sequence of text, references, sound and video, without a dimension of samples: the model takes one sample a call.
 """
 
-from blockdance_core.config import Defaults
-from blockdance_core.families._common import HIDDEN
+from blockdance_core.families._common import HIDDEN, VIDEO
 from blockdance_core.families._record import Family, Section
 
 FAMILY = Family(
@@ -12,5 +11,5 @@ FAMILY = Family(
     classes=("MiniMaxH3Model",),
     depths=(("MiniMax H3", 50),),
     sections=(Section("blocks", HIDDEN, hook="double_block", batch_dim=None),),
-    defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
+    defaults=VIDEO,
 )

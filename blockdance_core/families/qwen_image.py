@@ -1,17 +1,13 @@
 """Qwen-Image and its edit models (host: comfy/ldm/qwen_image/model.py, v0.30.0)."""
 
 from blockdance_core.config import Defaults
+from blockdance_core.families._common import TEXT_AND_IMAGE
 from blockdance_core.families._record import Family, Section
-from blockdance_core.interception import Port
 
 FAMILY = Family(
     name="Qwen-Image",
     classes=("QwenImageTransformer2DModel",),
     depths=(("Qwen-Image, Edit, Layered", 60),),
-    sections=(
-        Section(
-            "transformer_blocks", (Port("encoder_hidden_states", 1), Port("hidden_states", 0)), hook="double_block"
-        ),
-    ),
+    sections=(Section("transformer_blocks", TEXT_AND_IMAGE, hook="double_block"),),
     defaults=Defaults(source="by analogy with the published image models; two streams in every block, like SD3"),
 )

@@ -4,7 +4,7 @@ The samples of a call lie one behind the other in one sequence, and the model ex
 block leaves behind what the layer after the blocks needs, so it always runs.
 """
 
-from blockdance_core.config import Defaults
+from blockdance_core.families._common import VIDEO
 from blockdance_core.families._record import Family, Section
 from blockdance_core.interception import Port
 
@@ -22,5 +22,5 @@ FAMILY = Family(
             live=1,
         ),
     ),
-    defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
+    defaults=VIDEO,
 )

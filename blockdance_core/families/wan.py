@@ -3,8 +3,7 @@
 What VACE, S2V, Animate, WanDancer and Uni3C add between the blocks is added by the model's own loop, behind skipped blocks too.
 """
 
-from blockdance_core.config import Defaults
-from blockdance_core.families._common import HIDDEN
+from blockdance_core.families._common import HIDDEN, VIDEO
 from blockdance_core.families._record import Family, Section
 
 FAMILY = Family(
@@ -12,6 +11,6 @@ FAMILY = Family(
     classes=("WanModel",),
     depths=(("1.3B, 5B", 30), ("14B", 40)),
     sections=(Section("blocks", HIDDEN, hook="double_block"),),
-    defaults=Defaults(paper_window=(0.25, 0.95), source="window by analogy with the published video model"),
+    defaults=VIDEO,
     refused=(("CausalWanModel", "its blocks advance a key/value cache, so none of them may be skipped"),),
 )
