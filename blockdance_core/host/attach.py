@@ -23,7 +23,7 @@ from comfy.patcher_extension import WrappersMP
 from blockdance_core import families
 from blockdance_core.config import Config, Effective, resolve
 from blockdance_core.forecast import FORECASTS
-from blockdance_core.host import notify
+from blockdance_core.host import identity, notify
 from blockdance_core.host.levels import noise_levels
 from blockdance_core.interception import taps
 from blockdance_core.report import run_record, summary
@@ -214,7 +214,7 @@ def _predict_noise(
     if session is None or session.evaluating:
         return executor(x, timestep, model_options, *args, **kwargs)
     sigma = float(timestep.reshape(-1)[0])  # synchronises the GPU, once per evaluation
-    controls = _active_controls(getattr(executor.class_obj, "conds", {}), sigma)
+    controls = identity.active_controls(getattr(executor.class_obj, "conds", {}), sigma)
     with session.evaluation(sigma, controls, x.shape):
         return executor(x, timestep, model_options, *args, **kwargs)
 
@@ -234,10 +234,11 @@ def _apply_model(
 
     def describe() -> CallInfo:
         return CallInfo(
-            streams=_streams(options, session.caller), rows=x.shape[0], device=x.device,
+            streams=identity.streams(options, session.caller), rows=x.shape[0], device=x.device,
             replaced=frozenset(options.get("patches_replace", {}).get("dit", {})),
             condition=(
-                session.condition, _control_shapes(control), _hook_strengths(model), _active_patches(options, session.sigma)
+                session.condition, identity.control_shapes(control), identity.hook_strengths(model),
+                identity.active_patches(options, session.sigma),
             ),
             room=lambda: _room(model, x),
         )
@@ -249,51 +250,6 @@ def _apply_model(
 def _session_in(options: dict[str, Any]) -> Session | None:
     session = options.get(KEY)
     return session if isinstance(session, Session) else None
-
-
-def _streams(options: dict[str, Any], caller: Hashable = None) -> tuple[tuple[object, ...], ...]:
-    window = options.get("context_window")
-    frames = tuple(getattr(window, "index_list", ())) if window is not None else None
-    slots = (
-        tuple(sorted(name for name, patches in options.get("patches", {}).items() if patches)),
-        tuple(sorted(f"{name}:{key}" for name, patches in options.get("patches_replace", {}).items() for key in patches)),
-    )
-    chunks = zip(options.get("uuids", ()), options.get("cond_or_uncond", ()), strict=False)
-    return tuple((uuid, index, frames, slots, caller) for uuid, index in chunks)
-
-
-def _control_shapes(control: dict[str, Any] | None) -> tuple[object, ...] | None:
-    if control is None:
-        return None
-    return tuple(sorted(
-        (name, tuple(None if part is None else tuple(part.shape) for part in parts)) for name, parts in control.items()
-    ))
-
-
-def _active_controls(conds: dict[str, list[dict[str, Any]]], sigma: float) -> frozenset[int]:
-    """Which ControlNets of a run act at a noise level: residuals of one must not be reused under another."""
-    active = set()
-    level = torch.tensor(sigma, dtype=torch.float32)  # as a ControlNet compares: ranges often end exactly at a step
-    for control in (entry.get("control") for entries in conds.values() for entry in entries or ()):
-        while control is not None:
-            start, end = getattr(control, "timestep_range", None) or (math.inf, -math.inf)
-            if end <= level <= start:
-                active.add(id(control))
-            control = getattr(control, "previous_controlnet", None)
-    return frozenset(active)
-
-
-def _hook_strengths(model: BaseModel) -> tuple[tuple[object, float], ...]:
-    """The scheduled weights (LoRA hooks) that are patched in for this call."""
-    hooks = getattr(getattr(model, "current_patcher", None), "current_hooks", None)
-    return tuple((hook.hook_ref, float(hook.strength)) for hook in hooks.hooks) if hooks is not None else ()
-
-
-def _active_patches(options: dict[str, Any], sigma: float) -> tuple[bool, ...]:
-    """Which of the patches with a range of noise levels of their own (Uni3C, LLLite) act now."""
-    patches = (patch for slot in options.get("patches", {}).values() for patch in slot)
-    ranges = ((getattr(patch, "sigma_start", None), getattr(patch, "sigma_end", None)) for patch in patches)
-    return tuple(end <= sigma <= start for start, end in ranges if isinstance(start, float) and isinstance(end, float))
 
 
 def _room(model: BaseModel, x: torch.Tensor) -> float:

@@ -211,7 +211,7 @@ def test_whatever_tells_two_streams_apart_is_in_their_key() -> None:
     """Occurrence numbers hide most mix-ups; they shift where one of two guidance nodes ends or windows drift."""
     from comfy.context_windows import IndexListContextWindow
 
-    from blockdance_core.host.attach import _streams
+    from blockdance_core.host.identity import streams
 
     plain: dict[str, Any] = {"uuids": ["a"], "cond_or_uncond": [0]}
     options = [
@@ -225,8 +225,8 @@ def test_whatever_tells_two_streams_apart_is_in_their_key() -> None:
         {**plain, "patches_replace": {"dit": {("double_block", 3): len}}},
         {**plain, "patches_replace": {"attn1": {("middle", 0): len}}},
     ]
-    assert len({_streams(option) for option in options}) == len(options)
-    assert _streams({**plain, "patches": {"attn1_patch": []}, "patches_replace": {"dit": {}}}) == _streams(plain)
-    assert _streams({"uuids": ["a", "b"], "cond_or_uncond": [1, 0]}) == (
-        *_streams({"uuids": ["a"], "cond_or_uncond": [1]}), *_streams({"uuids": ["b"], "cond_or_uncond": [0]}))
-    assert _streams({}) == ()
+    assert len({streams(plain, "guidance"), *(streams(option) for option in options)}) == len(options) + 1
+    assert streams({**plain, "patches": {"attn1_patch": []}, "patches_replace": {"dit": {}}}) == streams(plain)
+    assert streams({"uuids": ["a", "b"], "cond_or_uncond": [1, 0]}) == (
+        *streams({"uuids": ["a"], "cond_or_uncond": [1]}), *streams({"uuids": ["b"], "cond_or_uncond": [0]}))
+    assert streams({}) == ()

@@ -16,7 +16,7 @@ from harness import STEPS, accelerate, assert_close, distance, last_run, model_o
 from tiny import CASES, Case, Conditioning, fake_control, sample, split_calls
 from tiny.case import normal
 
-from blockdance_core.host.attach import _active_controls
+from blockdance_core.host.identity import active_controls
 
 sd3, flux = CASES["sd3"], CASES["flux"]
 Pair = tuple[Conditioning, Conditioning]
@@ -79,7 +79,7 @@ def test_a_control_is_in_force_exactly_where_the_host_says_so(case: Case) -> Non
             for control.timestep_percent_range in ((0.0, share), (share, 1.0)):
                 control.pre_run(model.model, model.get_model_object("model_sampling").percent_to_sigma)
                 start, end = control.timestep_range
-                ours = _active_controls({"positive": [{"control": control}], "negative": [{}]}, float(sigma))
+                ours = active_controls({"positive": [{"control": control}], "negative": [{}]}, float(sigma))
                 assert bool(ours) == (not (sigma > start or sigma < end))  # as in ControlNet.get_control
 
 
