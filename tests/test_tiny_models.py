@@ -7,10 +7,9 @@ from typing import Any
 import comfy.clip_vision
 import pytest
 import torch
+from harness import every_case, model_of
 from host.environment import DEFAULT
 from tiny import CASES, DECLARED, Case, count_calls, fake_control, record_outputs, sample, sample_custom, split_calls
-
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
 def test_no_case_is_left_out_on_the_default_release() -> None:
@@ -22,7 +21,7 @@ def test_no_case_is_left_out_on_the_default_release() -> None:
 
 @every_case
 def test_sample_twice_is_finite_and_bit_identical(case: Case) -> None:
-    model = case.build()
+    model = model_of(case)
     first = sample(model, case, steps=4)
     assert first.shape == (1, *case.latent_shape)
     assert torch.isfinite(first).all()
@@ -33,7 +32,7 @@ def test_sample_twice_is_finite_and_bit_identical(case: Case) -> None:
 
 @every_case
 def test_sample_depends_on_noise_text_and_weights(case: Case) -> None:
-    model = case.build()
+    model = model_of(case)
     latent, conds = case.latent(), case.conds(model)
     first = sample(model, case, steps=2, latent=latent, conds=conds)
     assert _differ(first, sample(model, case, steps=2, latent=latent, conds=conds, seed=1)) is case.noisy
@@ -45,7 +44,7 @@ def test_sample_depends_on_noise_text_and_weights(case: Case) -> None:
 
 @every_case
 def test_sample_depends_on_every_further_conditioning(case: Case) -> None:
-    model = case.build()
+    model = model_of(case)
     positive, negative = case.conds(model)
     first = sample(model, case, steps=2, conds=(positive, negative))
     for key, value in positive[0][1].items():
@@ -73,7 +72,7 @@ def test_sample_depends_on_every_block(case: Case) -> None:
 
 @every_case
 def test_blocks_run_once_per_call_in_the_stated_order(case: Case) -> None:
-    model = case.build()
+    model = model_of(case)
     blocks = case.blocks(model.model.diffusion_model)
     order: list[int] = []
     for index, block in enumerate(blocks):
@@ -89,7 +88,7 @@ def test_blocks_run_once_per_call_in_the_stated_order(case: Case) -> None:
 
 @every_case
 def test_different_lengths_split_the_batch(case: Case) -> None:
-    model = case.build()
+    model = model_of(case)
     blocks = case.blocks(model.model.diffusion_model)
     with count_calls(blocks) as counts:
         sample(model, case, steps=2, batch=case.rows(3))
@@ -100,7 +99,7 @@ def test_different_lengths_split_the_batch(case: Case) -> None:
 
 @every_case
 def test_split_calls_run_each_conditioning_alone(case: Case) -> None:
-    model = case.build()
+    model = model_of(case)
     whole = sample(model, case, steps=2)
     with count_calls(case.blocks(model.model.diffusion_model)) as counts, split_calls():
         split = sample(model, case, steps=2)
@@ -112,9 +111,9 @@ def test_split_calls_run_each_conditioning_alone(case: Case) -> None:
 def test_rows_of_a_batch_do_not_mix(case: Case) -> None:
     if case.max_batch == 1:
         with pytest.raises(Exception, match="batch"):  # the host says so itself
-            sample(case.build(), case, steps=1, batch=2)
+            sample(model_of(case), case, steps=1, batch=2)
         return
-    model = case.build()
+    model = model_of(case)
     latent = case.latent(2)
     conds = case.conds(model, 2)
     whole = sample(model, case, latent=latent, batch=2, conds=conds, steps=3, start_step=1, disable_noise=True)
@@ -126,14 +125,14 @@ def test_rows_of_a_batch_do_not_mix(case: Case) -> None:
 
 @every_case
 def test_custom_sampler_with_cfg_equals_ksampler(case: Case) -> None:
-    model = case.build()
+    model = model_of(case)
     assert torch.equal(sample_custom(model, case, steps=3), sample(model, case, steps=3))
 
 
 @pytest.mark.parametrize("guider", ["basic", "dual_cfg"])
 def test_custom_sampler_guiders_run(guider: str) -> None:
     case = CASES["sd3"]
-    assert torch.isfinite(sample_custom(case.build(), case, steps=2, guider=guider)).all()
+    assert torch.isfinite(sample_custom(model_of(case), case, steps=2, guider=guider)).all()
 
 
 controlled = [case for case in CASES.values() if case.control]
@@ -141,7 +140,7 @@ controlled = [case for case in CASES.values() if case.control]
 
 @pytest.mark.parametrize("case", controlled, ids=lambda case: case.name)
 def test_control_reaches_the_output_and_ends_with_its_range(case: Case) -> None:
-    model = case.build()
+    model = model_of(case)
     plain = sample(model, case, steps=3)
     control = fake_control(case, 0.5)
     assert _differ(plain, sample(model, case, steps=3, control=control))

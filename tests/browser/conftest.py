@@ -24,7 +24,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The page of a server with this pack and the node of tiny_nodes.py."""
     base = tmp_path_factory.mktemp("host")
@@ -40,7 +40,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield page
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     """One Chromium for all tests."""
     with sync_playwright() as playwright:
@@ -49,7 +49,7 @@ def browser() -> Iterator[Browser]:
         chromium.close()
 
 
-@pytest.fixture(scope="session", params=[True, False], ids=["nodes2", "canvas"])
+@pytest.fixture(scope="package", params=[True, False], ids=["nodes2", "canvas"])
 def opened(request: pytest.FixtureRequest, address: str, browser: Browser) -> Iterator[NodePage]:
     """The page in one of the two renderers. It stays open for all tests of that renderer."""
     for name, value in {**SETTINGS, "Comfy.VueNodes.Enabled": request.param}.items():

@@ -12,7 +12,7 @@ import comfy.ldm.hydit.models as hydit
 import comfy.ops
 import pytest
 import torch
-from harness import STEPS, accelerate, every_case, last_run, model_of
+from harness import accelerate, every_case, last_run, model_of
 from tiny import Case, sample
 from torch import Tensor, nn
 
@@ -198,15 +198,15 @@ def test_a_model_that_flattens_its_batch_is_computed_and_said() -> None:
 def test_structure_alone_accelerates_rightly_or_not_at_all(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model, as if nobody had declared its family."""
     model = model_of(case)
-    full = sample(model, case, steps=STEPS)
-    expected = sample(accelerate(model, boundary=2), case, steps=STEPS)
+    full = sample(model, case, steps=6)
+    expected = sample(accelerate(model, boundary=2), case, steps=6)
     monkeypatch.setattr(families, "declared", lambda: ())
     try:
         accelerated = accelerate(model, boundary=2)
     except families.UnsupportedModelError as error:
         assert "No block list found" in str(error) or "ambiguous" in str(error)
         return
-    found = sample(accelerated, case, steps=STEPS)
+    found = sample(accelerated, case, steps=6)
     run = last_run(accelerated)
     if run["reused_calls"]:
         assert len(case.lists) == 1

@@ -58,7 +58,7 @@ class Host:
         return answer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """A server in whose model folders lie empty files of the names that the workflows ask for."""
     base = tmp_path_factory.mktemp("host")
