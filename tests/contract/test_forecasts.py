@@ -12,7 +12,18 @@ from typing import Any
 import comfy.samplers
 import pytest
 from contract.reference import Reference, plan
-from harness import FORECASTS, REUSED, STEPS, accelerate, assert_close, distance, every_case, last_run, model_of
+from harness import (
+    FORECASTS,
+    REUSED,
+    STEPS,
+    accelerate,
+    assert_close,
+    distance,
+    every_case,
+    every_family,
+    last_run,
+    model_of,
+)
 from tiny import CASES, Case, fake_control, sample
 from torch import Tensor
 
@@ -60,7 +71,7 @@ def test_forecast_equals_the_plain_restatement_at_several_boundaries(case: Case,
         assert run["warnings"] == []
 
 
-@every_case
+@every_family
 def test_taylor_in_long_groups_of_a_split_batch_equals_the_restatement(case: Case) -> None:
     check(case, "taylor", 5, group_size=3, sensitive=False, batch=case.rows(2), different_lengths=True)
 

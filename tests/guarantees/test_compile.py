@@ -55,8 +55,10 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("order", ["compile first", "accelerate first"])
-@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "order"), [*((case, "compile first") for case in MODELS), (sd3, "accelerate first")],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 def test_compiled_model_skips_blocks_and_recompiles_little(case: Case, order: str) -> None:
     model = model_of(case)
     settings = {"forecast": "taylor", "boundary": 4}
