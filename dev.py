@@ -63,6 +63,7 @@ def serve(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> in
 def test(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> int:
     """Run ruff, mypy and all tests (another host: its smoke part), or pytest alone with the arguments given."""
     os.chdir(REPO)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes: a second thread in each costs more than it gives
     python = str(env.python)
     checks: list[list[str]] = []
     if not rest:
