@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Try, serve, test and measure BlockDance in a real ComfyUI; needs nothing but Python and a network.
 
-``python dev.py demo | serve | test | bench | host-path``. The first call makes an environment in .dev/ (or in
+``python dev.py demo | serve | test | bench | train-demo | host-path``. The first call makes an environment in .dev/ (or in
 BLOCKDANCE_DEV_DIR): a virtual environment, and the host, which is the ComfyUI named by COMFYUI_PATH, or the one this
 folder lies in, or else a pinned release taken from PyPI. Only the standard library is imported here; whatever needs
 torch runs in the environment.
@@ -84,6 +84,13 @@ def bench(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> in
     return run_program(module(env, "demo.bench", *rest), env)
 
 
+def train_demo(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Train a demo model from nothing, or go on where an earlier call ended."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process for each core
+    out = (args.out or environment.dev_folder() / "train").absolute()
+    return run_program(module(env, "demo.train", args.name, "--out", str(out), *rest), env)
+
+
 def host_path(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> int:
     """Print the folder of the host."""
     print(env.host)
@@ -133,8 +140,15 @@ def run_program(command: Sequence[str], env: Environment) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="dev.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    commands = top.add_subparsers(dest="command", required=True, metavar="demo | serve | test | bench | host-path")
-    receivers = {demo: "demo/run.py", serve: "ComfyUI", test: "pytest", bench: "demo/bench.py", host_path: None}
+    commands = top.add_subparsers(dest="command", required=True, metavar="demo | serve | test | bench | train-demo | host-path")
+    receivers = {
+        demo: "demo/run.py",
+        serve: "ComfyUI",
+        test: "pytest",
+        bench: "demo/bench.py",
+        train_demo: "demo/train",
+        host_path: None,
+    }
     for function, receiver in receivers.items():
         about = (function.__doc__ or "").splitlines()[0]
         more = f"Further arguments go to {receiver}." if receiver else None
@@ -148,6 +162,9 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument("--keep-open", action="store_true", help="leave the page open until Ctrl-C")
             one.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there")
             one.add_argument("--out", type=Path, metavar="FOLDER", help="where the pictures go (default: .dev/out)")
+        if function is train_demo:
+            one.add_argument("name", help="sd3-mini, pixart-mini or wan-mini")
+            one.add_argument("--out", type=Path, metavar="FOLDER", help="where the runs are kept (default: .dev/train)")
     return top
 
 

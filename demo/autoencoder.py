@@ -27,12 +27,17 @@ class Residual(nn.Module):
 class Autoencoder(nn.Module):
     """Space-to-depth encoder and decoder of residual blocks.
 
-    Pictures are ``[B, 3, H, W]`` in -1..1 with H and W multiples of 4, latents ``[B, 8, H/4, W/4]``. Raw latents have
-    their own mean and scale per channel; a host ``LatentFormat`` normalises them for the diffusion model.
+    Pictures are ``[B, 3, H, W]`` in -1..1 with H and W multiples of 4, latents ``[B, 8, H/4, W/4]`` with mean 0 and
+    variance 1 in every channel.
     """
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
+        self.register_buffer("mean", torch.zeros(LATENT_CHANNELS))  # of what the encoder gives, before normalisation
+        self.register_buffer("std", torch.ones(LATENT_CHANNELS))
         wide, narrow = 64, 32
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(DOWNSCALE),
@@ -53,9 +58,9 @@ class Autoencoder(nn.Module):
         )
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Pictures ``[B, 3, H, W]`` in -1..1 to raw latents ``[B, 8, H/4, W/4]``."""
-        return self.encoder(x)
+        """Pictures ``[B, 3, H, W]`` in -1..1 to latents ``[B, 8, H/4, W/4]``."""
+        return (self.encoder(x) - self.mean[:, None, None]) / self.std[:, None, None]
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Raw latents to pictures, which may leave -1..1 a little."""
-        return self.decoder(z)
+        """Latents to pictures, which may leave -1..1 a little."""
+        return self.decoder(z * self.std[:, None, None] + self.mean[:, None, None])

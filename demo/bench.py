@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from demo.architectures import ARCHITECTURES
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -48,16 +50,16 @@ SETTINGS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 on success."""
     parser = argparse.ArgumentParser(prog="python dev.py bench", description=__doc__)
-    parser.add_argument("--model", default="sd3-mini", help="demo model")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--sampler", default="euler")
-    parser.add_argument("--scheduler", default="simple")
-    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--model", choices=ARCHITECTURES, default="sd3-mini", help="demo model (default %(default)s)")
+    for name, kind in (("steps", int), ("sampler", str), ("scheduler", str), ("cfg", float)):
+        parser.add_argument(f"--{name}", type=kind, help="in place of the model's own")
     parser.add_argument("--batch", type=int, default=4, help="pictures per run")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure there")
     options = parser.parse_args(arguments)
+    for name, value in ARCHITECTURES[options.model].sampling.items():
+        setattr(options, name, getattr(options, name) or value)
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
     from host import launcher
 
@@ -95,7 +97,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             order = (FULL, setting) if number % 2 else (setting, FULL)
             latents = {one: runner.latents(models[one], number, one.steps) for one in order}
             run, full = (_last_run(models[one]) for one in (setting, FULL))
-            pictures, reference = (demo.vae.decode(latents[one]) for one in (setting, FULL))
+            pictures, reference = (demo.vae.decode(latents[one]).flatten(0, -4) for one in (setting, FULL))
             row[setting.name] = {
                 "steps": run["steps"], "reused_steps": run["reused_steps"],
                 "dit_ms": run["dit_ms"], "full_dit_ms": full["dit_ms"],
@@ -133,7 +135,7 @@ class _Runner:
 
         from demo.loader import captions, empty_latent
 
-        latent = empty_latent(self.demo, self.options.batch)
+        latent = empty_latent(self.demo.model, self.options.batch)
         noise = comfy.sample.prepare_noise(latent, 1000 + number)
         positive = self.demo.encode(captions(self.options.model, "validation", self.options.batch, seed=number))
         options = self.options

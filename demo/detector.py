@@ -1,123 +1,160 @@
-"""Does a picture show what its caption says? Analysis by synthesis over the scene renderer; no learned parts.
+"""Does a picture, or a clip, show what its caption says? Template matching over colours; no learned parts.
 
-For each object of the caption, at the place the caption names, every shape, texture, size and small displacement is
-drawn over the rest of the scene with the best of the eight colours; the least squared error says what is there. Places
-are therefore judged by how well anything explains the picture there: an object elsewhere leaves background, which no
-candidate fits well, so the candidates include "nothing".
+The objects of a scene differ in colour. For each of the eight colours, every pixel is weighed for being that colour in
+any of its shades (+1), for showing the background (-1), or something else that may lie in front (a little below 0). The
+shape, size and place whose mask gathers the most is what is there, if that is enough to be seen. The caption is read only
+afterwards. Texture, letters and sizes are not judged.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 
 import torch
 
 from . import scenes
 
-_REACH = 15  # pixels around the place that count
-_OFFSETS = torch.arange(-3.0, 3.5, 1.0)  # pixels; the renderer's jitter and a little more
-_STRAY_ERROR, _STRAY_PIXELS = 0.02, 16  # mean square over the channels; pixels that may exceed it
+_REACH = 16  # pixels: half the side of a mask
+_SCALES = (0.94, 1.0, 1.06)
+_CLEAR = 0.02  # difference of squared errors, mean over the channels, at which a pixel is sure
+_HIDDEN = 0.2  # cost of a pixel that shows another object
+_ENOUGH, _SHARE = 22.0, 0.15  # pixels, and share of a mask, that are gathered where an object is seen
+_MOVED = 6.5  # pixels between where a moving object should be and where it is
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """One object of a picture: codes of shape and colour, and its centre in pixels (row, column)."""
+
+    shape: int
+    colour: int
+    centre: tuple[float, float]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The nearest named row and column."""
+        row, column = (min(range(3), key=lambda i: abs(scenes.CENTRES[i] - at)) for at in self.centre)
+        return row, column
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What one picture shows.
+    """What one picture or clip shows.
 
     Attributes:
-        objects: For each object of the caption, attribute name -> right or wrong.
-        background: Whether the background has the named colour and fill, and nothing that the caption does not name.
+        objects: For each object of the caption, what was judged (shape, colour, place, motion) -> right or wrong; a word
+            that the caption leaves open is right.
+        background: Whether the background has the named colour.
+        nothing_else: Whether there is no object that the caption does not name.
     """
 
     objects: tuple[dict[str, bool], ...]
     background: bool
+    nothing_else: bool
 
     @property
     def right(self) -> bool:
-        """Everything the caption says is there."""
-        return self.background and all(all(found.values()) for found in self.objects)
+        """Everything the caption says is there, and nothing else."""
+        return self.background and self.nothing_else and all(all(found.values()) for found in self.objects)
 
 
-def judge(picture: torch.Tensor, caption: str) -> Verdict:
-    """Compare one picture with its caption.
+def judge(frames: torch.Tensor, caption: str) -> Verdict:
+    """Compare one picture or clip with its caption.
 
     Args:
-        picture: ``[3, 64, 64]`` float in 0..1.
+        frames: ``[3, H, H]``, or ``[F, 3, H, H]`` for a clip, float in 0..1.
         caption: Text that ``scenes.parse`` accepts.
     """
-    scene = scenes.parse(caption)
-    picture = picture.float()
-    count = int((scene.objects[0, :, 0] >= 0).sum())
-    found = tuple(_object(picture, scene, k) for k in range(count))
-    return Verdict(found, _background(picture, scene))
+    moving = frames.ndim == 4
+    said = scenes.parse(caption, moving)
+    first, background = look(frames[0] if moving else frames)
+    found, last = list(first), {}
+    if moving:
+        last = {one.colour: one for one in look(frames[-1], background)[0]}
+    verdicts: list[dict[str, bool] | None] = [None] * int(said.present.sum())
+    named_first = sorted(range(len(verdicts)), key=lambda k: bool(said.objects[0, k, 1] < 0))
+    for k in named_first:
+        codes = said.objects[0, k]
+        options = [_compare(codes, one, last.get(one.colour), len(frames) - 1 if moving else 0) for one in found]
+        if codes[1] >= 0:
+            options = [option if option["colour"] else {} for option in options]
+        best = max(range(len(options)), key=lambda i: sum(options[i].values()), default=None)
+        if best is None or not options[best]:
+            verdicts[k] = dict.fromkeys(("shape", "colour", "place", *(["motion"] if moving else [])), False)
+        else:
+            verdicts[k] = options[best]
+            del found[best]
+    named = int(said.background[0, 0])
+    return Verdict(tuple(v for v in verdicts if v is not None), named in (scenes.OPEN, background), not found)
 
 
-def _background(picture: torch.Tensor, scene: scenes.Scenes) -> bool:
-    covered = _alpha(scene, range(scenes.MAX_OBJECTS), grow=4.0)
-    every = torch.cartesian_prod(*(torch.arange(len(group)) for group in scenes.BACKGROUND_ATTRIBUTES))
-    drawn = scenes.render(scenes.Scenes(scene.objects.expand(len(every), -1, -1) * 0 - 1, every))
-    errors = (drawn - picture).square().mean(1) * (1 - covered)
-    best = int(errors.sum((1, 2)).argmin())
-    stray = int((errors[best] > _STRAY_ERROR).sum())
-    return bool((every[best] == scene.background[0]).all()) and stray <= _STRAY_PIXELS
+def look(picture: torch.Tensor, background: int | None = None) -> tuple[list[Found], int]:
+    """The objects of a picture ``[3, H, H]`` and the code of its background's colour (given, or found)."""
+    picture = picture.float().clamp(0, 1)
+    scale = picture.shape[-1] / scenes.SIZE
+    colours = torch.tensor(list(scenes.COLOURS.values()))
+    object_errors = _to_segments(picture, colours * scenes.SHADE, colours)
+    tones = torch.tensor(list(scenes.BACKGROUNDS.values()))
+    background_errors = _to_segments(picture, tones[:, 0], tones[:, 1])
+    if background is None:
+        background = int(background_errors.clamp(max=_CLEAR).sum((1, 2)).argmin())
+    behind = background_errors[background]
+    ink = torch.tensor([[0.03] * 3, [0.97] * 3])
+    letters = _to_segments(picture, ink, ink).amin(0)
+    others = torch.stack([_without(object_errors, c).amin(0) for c in range(len(colours))])
+    rest = torch.minimum(torch.minimum(others, letters), behind)
+    is_it = ((rest - object_errors) / _CLEAR).clamp(0, 1)
+    is_behind = ((torch.minimum(object_errors, others) - behind) / _CLEAR).clamp(0, 1)
+    evidence = is_it - torch.where(is_it > 0, 0, is_behind.clamp(min=_HIDDEN))
+    masks, shapes, half = _masks(scale)
+    gathered = torch.nn.functional.conv2d(evidence[:, None], masks[:, None], padding=half)
+    objects = []
+    for colour, maps in enumerate(gathered):
+        value, index = maps.flatten().max(0)
+        mask, row, column = (int(i) for i in torch.unravel_index(index, maps.shape))
+        if value > max(_ENOUGH * scale * scale, _SHARE * masks[mask].sum()):
+            objects.append(Found(shapes[mask], colour, ((row + 0.5) / scale, (column + 0.5) / scale)))
+    return objects, background
 
 
-def _object(picture: torch.Tensor, scene: scenes.Scenes, index: int) -> dict[str, bool]:
-    size, colour, texture, shape, row, column = scene.objects[0, index].tolist()
-    y0, x0 = scenes.CENTRES[row], scenes.CENTRES[column]
-    top, left = int(y0 - _REACH), int(x0 - _REACH)
-    rows, columns = slice(max(top, 0), top + 2 * _REACH), slice(max(left, 0), left + 2 * _REACH)
-    others = scene.objects.clone()
-    others[0, index:] = -1
-    behind = scenes.render(scenes.Scenes(others, scene.background))[0][:, rows, columns]
-    seen = 1 - _alpha(scene, range(index + 1, scenes.MAX_OBJECTS), grow=1.0)[rows, columns]
-    target = picture[:, rows, columns]
-
-    axis = torch.arange(scenes.SIZE) + 0.5
-    offset_y, offset_x = (o.flatten()[:, None, None] for o in torch.meshgrid(_OFFSETS, _OFFSETS, indexing="ij"))
-    dy = axis[rows][None, :, None] - y0 - offset_y
-    dx = axis[columns][None, None, :] - x0 - offset_x
-    palette = torch.tensor(list(scenes.COLOURS.values()))
-    best: tuple[float, tuple[int, ...]] = (((target - behind).square() * seen).sum().item(), (-1, -1, -1, -1))
-    for c_shape, c_size in itertools.product(range(len(scenes.SHAPES)), range(len(scenes.SIZES))):
-        radius = torch.tensor(list(scenes.SIZES.values())[c_size])
-        alpha = (0.5 - scenes.distance(scenes.SHAPES[c_shape], dx, dy, radius)).clamp(0, 1)
-        for c_texture, name in enumerate(scenes.TEXTURES):
-            shade = scenes.shade(name, dx, dy).expand_as(alpha)
-            error = _errors(target, behind, seen, alpha, shade, palette)
-            value, place = error.flatten().min(0)
-            if value.item() < best[0]:
-                best = (value.item(), (c_size, int(place) % len(palette), c_texture, c_shape))
-    named = (size, colour, texture, shape)
-    return {k: a == b for k, a, b in zip(("size", "colour", "texture", "shape"), named, best[1], strict=True)}
+def _compare(codes: torch.Tensor, found: Found, last: Found | None, frames: int) -> dict[str, bool]:
+    _, colour, _, shape, row, column, _, _, _ = codes.tolist()
+    judged = {
+        "shape": shape == found.shape,
+        "colour": colour in (scenes.OPEN, found.colour),
+        "place": row == scenes.OPEN or (row, column) == found.place,
+    }
+    if frames:
+        start, goal = scenes.place(codes[None].clamp(min=0), torch.tensor([0.0, frames]))[0]
+        moved = torch.tensor(last.centre) - torch.tensor(found.centre) if last else torch.tensor([torch.inf] * 2)
+        judged["motion"] = bool((moved - (goal - start)).norm() < _MOVED)
+    return judged
 
 
-def _errors(
-    target: torch.Tensor,
-    behind: torch.Tensor,
-    seen: torch.Tensor,
-    alpha: torch.Tensor,
-    shade: torch.Tensor,
-    palette: torch.Tensor,
-) -> torch.Tensor:
-    """Squared error ``[offsets, colours]`` of painting each colour, expanded so that no picture is painted."""
-    rest = (target - behind)[None] + alpha[:, None] * behind  # what the paint has to explain
-    ink = alpha * shade * seen
-    constant = (rest.square() * seen).sum((1, 2, 3))[:, None]
-    linear = (rest * ink[:, None]).sum((2, 3)) @ palette.T
-    square = (ink * alpha * shade).sum((1, 2))[:, None] * palette.square().sum(1)
-    return constant - 2 * linear + square
+def _to_segments(picture: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """Squared distance, mean over the channels, of each pixel to the lines between colours ``[N, 3]``: ``[N, H, W]``."""
+    along = end - start
+    offset = picture[None] - start[:, :, None, None]
+    share = (offset * along[:, :, None, None]).sum(1) / along.square().sum(1).clamp(min=1e-6)[:, None, None]
+    nearest = start[:, :, None, None] + share.clamp(0, 1)[:, None] * along[:, :, None, None]
+    return (picture[None] - nearest).square().mean(1)
 
 
-def _alpha(scene: scenes.Scenes, which: range, grow: float) -> torch.Tensor:
-    """Where the named objects may cover the picture, ``[64, 64]`` in 0..1, each grown by some pixels."""
-    axis = torch.arange(scenes.SIZE) + 0.5
-    cover = torch.zeros(scenes.SIZE, scenes.SIZE)
-    for k in which:
-        size, _, _, shape, row, column = scene.objects[0, k].tolist()
-        if size >= 0:
-            dy, dx = axis[None, :, None] - scenes.CENTRES[row], axis[None, None, :] - scenes.CENTRES[column]
-            radius = torch.tensor(list(scenes.SIZES.values())[size])
-            away = scenes.distance(scenes.SHAPES[shape], dx, dy, radius)[0]
-            cover = torch.maximum(cover, (0.5 + grow - away).clamp(0, 1))
-    return cover
+def _without(errors: torch.Tensor, index: int) -> torch.Tensor:
+    return torch.cat([errors[:index], errors[index + 1 :]])
+
+
+@functools.lru_cache(maxsize=4)
+def _masks(scale: float) -> tuple[torch.Tensor, list[int], int]:
+    """Masks ``[M, S, S]`` of all shapes and sizes with their centre in the middle, the shape of each, and half of S."""
+    half = round(_REACH * scale)
+    axis = torch.arange(-half, half + 1) / scale
+    radii = [radius * factor for radius in scenes.SIZES.values() for factor in _SCALES]
+    masks, shapes = [], []
+    for index, name in enumerate(scenes.SHAPES):
+        for radius in radii:
+            away = scenes.distance(name, axis[None, None, :], axis[None, :, None], torch.tensor(radius))
+            masks.append((0.5 - away[0] * scale).clamp(0, 1))
+            shapes.append(index)
+    return torch.stack(masks), shapes, half

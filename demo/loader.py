@@ -14,11 +14,13 @@ from typing import Any, ClassVar
 import torch
 
 from . import autoencoder, scenes, text
+from .architectures import ARCHITECTURES, Architecture
 
 FOLDER = pathlib.Path(__file__).parent / "models"
-SCHEMA_VERSION = 1
-MODELS = ("sd3-mini",)
-MODEL_PREFIX, AUTOENCODER_PREFIX, TEXT_PREFIX = "diffusion_model.", "autoencoder.", "text_encoder."
+SCHEMA_VERSION = 2
+MODELS = tuple(ARCHITECTURES)
+AUTOENCODER = "autoencoder"  # shared by all models
+MODEL_PREFIX, TEXT_PREFIX = "diffusion_model.", "text_encoder."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +42,9 @@ class DemoText:
             ValueError: A caption is outside the grammar; the message names the word and the known words.
         """
         batch = [caption] if isinstance(caption, str) else caption
-        empty = torch.zeros(1, scenes.TOKENS, dtype=torch.long)
-        tokens = torch.cat([scenes.parse(one).tokens() if one.strip() else empty for one in batch])
+        moving = ARCHITECTURES[self.name].moving
+        empty = torch.zeros(1, scenes.PHRASES, len(scenes.ATTRIBUTES), dtype=torch.long)
+        tokens = torch.cat([scenes.parse(one, moving).tokens() if one.strip() else empty for one in batch])
         with torch.no_grad():
             context, pooled = self.encoder(tokens)
         return [[context, {"pooled_output": pooled}]]
@@ -52,24 +55,31 @@ class DemoModel:
     """A loaded demo model.
 
     Attributes:
+        name: One of ``MODELS``.
         model: The host's ModelPatcher.
         vae: The host's VAE.
         text: The text encoder.
         metadata: Training record and configuration stored in the file.
     """
 
+    name: str
     model: Any
     vae: Any
     text: DemoText
     metadata: dict[str, Any]
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What its card and all figures use: ``sampler``, ``scheduler``, ``cfg``, ``steps``."""
+        return dict(ARCHITECTURES[self.name].sampling)
 
     def encode(self, caption: str | Sequence[str]) -> list[list[Any]]:
         """Captions to host CONDITIONING, see ``DemoText.encode``."""
         return self.text.encode(caption)
 
 
-def load_demo(name: str = "sd3-mini") -> DemoModel:
-    """Load a demo model from ``demo/models``.
+def load_demo(name: str = "sd3-mini", folder: pathlib.Path | None = None) -> DemoModel:
+    """Load a demo model from ``demo/models``, or from another folder.
 
     On the CPU it runs in float32; elsewhere the host chooses the dtype.
 
@@ -77,27 +87,40 @@ def load_demo(name: str = "sd3-mini") -> DemoModel:
         ValueError: Unknown name, or a file that is damaged or of another schema version.
         FileNotFoundError: The file is missing.
     """
-    if name not in MODELS:
-        raise ValueError(f"Unknown demo model {name!r}. Known: {', '.join(MODELS)}.")
-    metadata, state = _read(FOLDER / f"{name}.safetensors")
+    architecture = _architecture(name)
+    folder = folder or FOLDER
+    metadata, state = _read(folder / f"{name}.safetensors")
+    first_metadata, first = _read(folder / f"{AUTOENCODER}.safetensors")
+    if metadata["vocabulary"] != list(scenes.VOCABULARY):
+        raise ValueError(f"{name} was trained on another vocabulary than demo/scenes.py has. Update the pack.")
     encoder = text.TextEncoder()
     encoder.load_state_dict(_part(state, TEXT_PREFIX))
     return DemoModel(
-        model=_model_patcher(metadata, _part(state, MODEL_PREFIX)),
-        vae=_vae(_part(state, AUTOENCODER_PREFIX)),
+        name=name,
+        model=_model_patcher(architecture, metadata, _part(state, MODEL_PREFIX)),
+        vae=_vae(architecture, first),
         text=DemoText(name, encoder.eval().requires_grad_(False)),
-        metadata=metadata,
+        metadata={**metadata, "autoencoder_training": first_metadata["training"]},
     )
 
 
-def empty_latent(demo: DemoModel, batch_size: int = 1) -> torch.Tensor:
-    """Zeros ``[B, C, h, w]`` in the shape of the model's latents."""
-    latent_format = demo.model.get_model_object("latent_format")
-    side = scenes.SIZE // latent_format.spacial_downscale_ratio
-    return torch.zeros(batch_size, latent_format.latent_channels, side, side)
+def empty_latent(model: Any, batch_size: int = 1) -> torch.Tensor:
+    """Zeros ``[B, C, h, w]``, for clips ``[B, C, F, h, w]``, in the shape of a demo model's latents.
+
+    Args:
+        model: ``DemoModel.model``, or a clone of it that other nodes have patched.
+        batch_size: B.
+
+    Raises:
+        ValueError: The model is no demo model.
+    """
+    shape = getattr(model.get_model_object("latent_format"), "demo_shape", None)
+    if shape is None:
+        raise ValueError("The model is no BlockDance demo model. Connect Load BlockDance Demo Model, or use another empty latent.")
+    return torch.zeros(batch_size, *shape)
 
 
-def captions(name: str, split: str, count: int, seed: int) -> list[str]:
+def captions(name: str, split: str, count: int, seed: int, difficulty: str | None = None) -> list[str]:
     """``count`` captions for a demo model, the same for the same seed.
 
     Args:
@@ -105,10 +128,15 @@ def captions(name: str, split: str, count: int, seed: int) -> list[str]:
         split: One of ``scenes.SPLITS``.
         count: Number of captions.
         seed: Seed of the draw.
+        difficulty: One of ``scenes.DIFFICULTIES``; None mixes them.
     """
-    if name not in MODELS:
+    return scenes.captions(count, seed, split, _architecture(name).moving, difficulty)
+
+
+def _architecture(name: str) -> Architecture:
+    if name not in ARCHITECTURES:
         raise ValueError(f"Unknown demo model {name!r}. Known: {', '.join(MODELS)}.")
-    return scenes.captions(count, seed, split)
+    return ARCHITECTURES[name]
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -125,8 +153,6 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if metadata.get("schema_version") != SCHEMA_VERSION:
         found = metadata.get("schema_version")
         raise ValueError(f"{path} has schema version {found}, this loader reads {SCHEMA_VERSION}. Update the pack.")
-    if metadata["vocabulary"] != list(scenes.VOCABULARY):
-        raise ValueError(f"{path} was trained on another vocabulary than demo/scenes.py has. Update the pack.")
     return metadata, state
 
 
@@ -134,32 +160,24 @@ def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _model_patcher(metadata: dict[str, Any], state: dict[str, torch.Tensor]) -> Any:
+def _model_patcher(architecture: Architecture, metadata: dict[str, Any], state: dict[str, torch.Tensor]) -> Any:
     """The steps of the host's ``load_diffusion_model_state_dict``, with a configuration it cannot detect."""
     from comfy import latent_formats, model_management, model_patcher, supported_models
 
-    statistics = metadata["latent_format"]
-
     class Latent(latent_formats.LatentFormat):
-        latent_channels = autoencoder.LATENT_CHANNELS
-        spacial_downscale_ratio = autoencoder.DOWNSCALE
-        latent_rgb_factors = statistics["rgb_factors"]
-        latent_rgb_factors_bias = statistics["rgb_bias"]
-        mean = torch.tensor(statistics["mean"])[:, None, None]
-        std = torch.tensor(statistics["std"])[:, None, None]
+        latent_channels = architecture.channels
+        latent_dimensions = 3 if architecture.moving else 2
+        spacial_downscale_ratio = architecture.downscale
+        demo_shape = architecture.latent_shape
+        latent_rgb_factors = metadata["rgb_factors"]
+        latent_rgb_factors_bias = metadata["rgb_bias"]
 
-        def process_in(self, latent: torch.Tensor) -> torch.Tensor:
-            return (latent - self.mean.to(latent)) / self.std.to(latent)
-
-        def process_out(self, latent: torch.Tensor) -> torch.Tensor:
-            return latent * self.std.to(latent) + self.mean.to(latent)
-
-    class Config(supported_models.SD3):
+    class Config(getattr(supported_models, architecture.base)):  # type: ignore[misc]
         latent_format = Latent
-        sampling_settings: ClassVar = {"shift": metadata["shift"]}
+        sampling_settings: ClassVar = architecture.sampling_settings
 
     device = model_management.get_torch_device()
-    config = Config(metadata["unet_config"])
+    config = Config(dict(architecture.unet_config))
     if model_management.is_device_cpu(device):
         dtype = torch.float32
     else:
@@ -174,18 +192,40 @@ def _model_patcher(metadata: dict[str, Any], state: dict[str, torch.Tensor]) -> 
     return model_patcher.ModelPatcher(model, device, model_management.unet_offload_device())
 
 
-def _vae(state: dict[str, torch.Tensor]) -> Any:
+class Codec(torch.nn.Module):
+    """The autoencoder as a host VAE's network: pictures ``[B, 3, H, W]`` or clips ``[B, 3, F, H, W]`` in -1..1."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.autoencoder = autoencoder.Autoencoder()
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Pixels to latents as the model takes them."""
+        frames = x.transpose(1, 2) if x.ndim == 5 else x[:, None]
+        return self.architecture.pack(self.autoencoder.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]))
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Latents to pixels, which may leave -1..1 a little."""
+        latents = self.architecture.unpack(z)
+        frames = self.autoencoder.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+        return frames.transpose(1, 2) if self.architecture.moving else frames[:, 0]
+
+
+def _vae(architecture: Architecture, state: dict[str, torch.Tensor]) -> Any:
     """The host's VAE, built in its pass-through form, around the demo's autoencoder."""
     from comfy import model_patcher, sd
 
     vae = sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}, dtype=torch.float32)
-    network = autoencoder.Autoencoder()
-    network.load_state_dict(state)
+    network = Codec(architecture)
+    network.autoencoder.load_state_dict(state)
     vae.first_stage_model = network.eval().requires_grad_(False)
-    vae.downscale_ratio = vae.upscale_ratio = autoencoder.DOWNSCALE
-    vae.latent_channels = autoencoder.LATENT_CHANNELS
-    vae.memory_used_encode = lambda shape, dtype: 500 * shape[2] * shape[3] * dtype.itemsize
-    vae.memory_used_decode = lambda shape, dtype: 500 * 16 * shape[2] * shape[3] * dtype.itemsize
+    vae.downscale_ratio = vae.upscale_ratio = architecture.downscale
+    vae.latent_channels = architecture.channels
+    vae.latent_dim = 3 if architecture.moving else 2
+    pixels = (scenes.FRAMES if architecture.moving else 1) * 500
+    vae.memory_used_encode = lambda shape, dtype: pixels * shape[-2] * shape[-1] * dtype.itemsize
+    vae.memory_used_decode = lambda shape, dtype: pixels * architecture.downscale**2 * shape[-2] * shape[-1] * dtype.itemsize
     vae.patcher = model_patcher.ModelPatcher(vae.first_stage_model, vae.device, vae.patcher.offload_device)
     vae.size = None
     return vae

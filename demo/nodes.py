@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
+
+from .architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
     from .loader import DemoText
@@ -23,8 +25,9 @@ class BlockDanceDemoLoader(io.ComfyNode):
             node_id="BlockDanceDemoLoader",
             display_name="Load BlockDance Demo Model",
             category=CATEGORY,
-            description="Loads a small trained diffusion transformer that draws captioned scenes of 64 x 64 pixels.",
-            inputs=[io.Combo.Input("name", options=["sd3-mini"])],
+            description="Loads a small trained diffusion transformer that draws captioned scenes: sd3-mini and pixart-mini "
+            "make pictures, wan-mini makes clips.",
+            inputs=[io.Combo.Input("name", options=list(ARCHITECTURES))],
             outputs=[io.Model.Output(), io.Vae.Output(), DemoTextType.Output(display_name="text_encoder")],
         )
 
@@ -47,8 +50,9 @@ class BlockDanceDemoCaption(io.ComfyNode):
             node_id="BlockDanceDemoCaption",
             display_name="BlockDance Demo Caption",
             category=CATEGORY,
-            description="One to three objects and a background, for example: a large red striped circle top left, "
-            "a small blue plain square bottom right, on a grey background. Empty text is the unconditional caption.",
+            description="One to four objects and a background, for example: a large red striped circle top left, "
+            "a small blue plain square bottom right marked k, on a grey marbled background. For wan-mini objects may move: "
+            "moving rightward fast. What is left out is left to the model. Empty text is the unconditional caption.",
             inputs=[
                 DemoTextType.Input("text_encoder"),
                 io.String.Input("text", multiline=True),
@@ -62,6 +66,29 @@ class BlockDanceDemoCaption(io.ComfyNode):
         return io.NodeOutput(text_encoder.encode(text))
 
 
+class BlockDanceDemoLatent(io.ComfyNode):
+    """An empty LATENT."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's interface."""
+        return io.Schema(
+            node_id="BlockDanceDemoLatent",
+            display_name="Empty BlockDance Demo Latent",
+            category=CATEGORY,
+            description="An empty latent in the size of a demo model's pictures or clips.",
+            inputs=[io.Model.Input("model"), io.Int.Input("batch_size", default=1, min=1, max=4096)],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, batch_size: int) -> io.NodeOutput:
+        """LATENT; a model that is none of ours is an error."""
+        from .loader import empty_latent
+
+        return io.NodeOutput({"samples": empty_latent(model, batch_size)})
+
+
 def demo_nodes() -> list[type[io.ComfyNode]]:
     """The node classes to register."""
-    return [BlockDanceDemoLoader, BlockDanceDemoCaption]
+    return [BlockDanceDemoLoader, BlockDanceDemoCaption, BlockDanceDemoLatent]

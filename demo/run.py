@@ -30,6 +30,7 @@ from PIL import Image, ImageDraw
 
 from blockdance_core import metrics
 from demo import scenes
+from demo.architectures import ARCHITECTURES
 
 WORKFLOW = Path(__file__).with_name("workflow_api.json")
 GROUP_SIZES = (2, 3, 4)
@@ -203,13 +204,30 @@ def decode(name: str, content: bytes) -> torch.Tensor:
 # The comparison -------------------------------------------------------------------------------------------------------
 
 
-async def compare(address: str, rounds: int, seconds: float) -> tuple[list[Round], bool]:
+def with_model(prompt: Prompt, model: str) -> Prompt:
+    """The workflow with another demo model, sampled as its card says."""
+    prompt = copy.deepcopy(prompt)
+    only(prompt, "BlockDanceDemoLoader")[1]["inputs"]["name"] = model
+    how = ARCHITECTURES[model].sampling
+    only(prompt, "KSampler")[1]["inputs"].update(
+        {"sampler_name": how["sampler"], **{key: how[key] for key in ("scheduler", "cfg", "steps")}}
+    )
+    return prompt
+
+
+async def compare(address: str, model: str, rounds: int, seconds: float) -> tuple[list[Round], bool]:
     """Run all settings round by round until the rounds or the seconds are used up.
+
+    Args:
+        address: Where the server is.
+        model: The demo model.
+        rounds: How many at most.
+        seconds: How long.
 
     Returns:
         The rounds, at least one, and whether their pictures are exact floats (else 8-bit).
     """
-    prompt: Prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    prompt = with_model(json.loads(WORKFLOW.read_text(encoding="utf-8")), model)
     client_id = uuid.uuid4().hex
     async with (
         aiohttp.ClientSession() as session,
@@ -229,7 +247,7 @@ async def compare(address: str, rounds: int, seconds: float) -> tuple[list[Round
             pictures = [decode(file["filename"], await client.fetch(file)) for file in files]
             return Run(report, torch.stack(pictures))
 
-        captions = scenes.captions(rounds, seed=0)
+        captions = scenes.captions(rounds, 0, moving=ARCHITECTURES[model].moving)
         await once("warming up", FULL, captions[0], {}, seed=0, noise_seed=0, steps=2)
         done: list[Round] = []
         schedules: dict[int, dict[str, Any]] = {}
@@ -347,12 +365,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("address", help="the address of the server")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the pictures go")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there")
+    parser.add_argument("--model", choices=ARCHITECTURES, default="sd3-mini", help="the demo model (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="captions to draw at most (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time for them (default %(default)s)")
     args = parser.parse_args(argv)
     try:
-        rounds, floats = asyncio.run(compare(args.address, max(1, args.rounds), args.seconds))
-        summary = summarise(rounds, floats)
+        rounds, floats = asyncio.run(compare(args.address, args.model, max(1, args.rounds), args.seconds))
+        summary = {"model": args.model, **summarise(rounds, floats)}
     except KeyboardInterrupt:
         return 130
     except (DemoError, aiohttp.ClientError) as error:

@@ -1,7 +1,5 @@
-"""Turn a training run into the files in ``demo/models``: ``python -m demo.train.export --run RUN``.
-
-Writes the weights in bfloat16 with the training record as metadata, and the loss curve. RUN holds what
-``demo.train.sd3_mini`` wrote and the autoencoder in ``RUN/ae``.
+"""Turn a training run into the files in ``demo/models``: weights in bfloat16 with the training record as metadata, and the
+loss curve.
 """
 
 from __future__ import annotations
@@ -10,74 +8,87 @@ import argparse
 import csv
 import json
 import pathlib
-import platform
+from collections.abc import Sequence
 from typing import Any
 
 import safetensors.torch
 import torch
 
-from .. import autoencoder, loader, scenes
-from . import sd3_mini
-
-SHIFT = 1.0  # of the host's sampling schedule
+from .. import architectures, autoencoder, loader, scenes
 
 
-def rgb_factors(network: autoencoder.Autoencoder, mean: list[float], std: list[float]) -> tuple[Any, Any]:
-    """Least-squares map from normalised latents to small RGB pictures in -1..1, for the host's previews."""
+def rgb_factors(architecture: architectures.Architecture, network: autoencoder.Autoencoder) -> tuple[Any, Any]:
+    """Least-squares map from latents to small RGB pictures in -1..1, for the host's previews."""
     generator = torch.Generator().manual_seed(7)
-    picture = scenes.render(scenes.draw(256, generator), generator) * 2 - 1
+    picture = scenes.render(scenes.draw(256, generator).scenes, generator, architecture.size) * 2 - 1
     with torch.no_grad():
-        latent = network.encode(picture)
-    latent = (latent - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    small = torch.nn.functional.avg_pool2d(picture, autoencoder.DOWNSCALE)
-    x = latent.permute(0, 2, 3, 1).flatten(0, 2)
+        latent = network.encode(picture)[:, None]
+    packed = architecture.pack(latent)
+    packed = packed[:, :, 0] if architecture.moving else packed
+    small = torch.nn.functional.avg_pool2d(picture, architecture.downscale)
+    x = packed.permute(0, 2, 3, 1).flatten(0, 2)
     x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
     solution = torch.linalg.lstsq(x, small.permute(0, 2, 3, 1).flatten(0, 2)).solution
     return solution[:-1].tolist(), solution[-1].tolist()
 
 
-def export(run: pathlib.Path, path: pathlib.Path) -> None:
-    """Write ``path`` and the loss curve beside it."""
+def export_autoencoder(run: pathlib.Path, folder: pathlib.Path) -> autoencoder.Autoencoder:
+    """Write ``autoencoder.safetensors`` from what ``demo.train.autoencoder`` left in ``run``; returns the network."""
     network = autoencoder.Autoencoder()
-    network.load_state_dict(torch.load(run / "ae" / "autoencoder.pt", weights_only=True))
-    first = json.loads((run / "ae" / "autoencoder.json").read_text(encoding="utf-8"))
-    factors, bias = rgb_factors(network, first["mean"], first["std"])
-    parameters = torch.load(run / "ema.pt", weights_only=True)
-    state = {loader.AUTOENCODER_PREFIX + k: v for k, v in network.state_dict().items()}
-    for name, value in parameters.items():
-        part, rest = name.split(".", 1)
+    network.load_state_dict(torch.load(run / "autoencoder.pt", weights_only=True))
+    record = json.loads((run / "autoencoder.json").read_text(encoding="utf-8"))
+    phases = [{key: phase[key] for key in ("phase", "steps", "seconds")} for phase in record["phases"]]
+    training = {**{key: record[key] for key in ("psnr", "batch", "seed")}, "phases": phases}
+    _write(folder / f"{loader.AUTOENCODER}.safetensors", network.state_dict(), {"training": training})
+    return network
+
+
+def export(name: str, run: pathlib.Path, first: pathlib.Path, folder: pathlib.Path = loader.FOLDER) -> None:
+    """Write a model, the autoencoder and the loss curve.
+
+    Args:
+        name: One of ``loader.MODELS``.
+        run: What ``demo.train.diffusion`` wrote.
+        first: What ``demo.train.autoencoder`` wrote.
+        folder: Where the files go.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    architecture = architectures.ARCHITECTURES[name]
+    factors, bias = rgb_factors(architecture, export_autoencoder(first, folder))
+    state = {}
+    for key, value in torch.load(run / "ema.pt", weights_only=True).items():
+        part, rest = key.split(".", 1)
         state[{"model": loader.MODEL_PREFIX, "text": loader.TEXT_PREFIX}[part] + rest] = value
-    state = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in state.items()}
     with open(run / "log.csv", encoding="utf-8") as file:
         log = list(csv.DictReader(file))
     last = log[-1]
+    record = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
     metadata = {
-        "schema_version": loader.SCHEMA_VERSION,
-        "name": path.stem,
-        "class": "comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper",
-        "unet_config": sd3_mini.UNET_CONFIG,
-        "shift": SHIFT,
+        "name": name,
+        "class": f"{architecture.module}.{architecture.cls}",
+        "unet_config": architecture.unet_config,
+        "sampling_settings": architecture.sampling_settings,
+        "objective": architecture.objective,
         "vocabulary": list(scenes.VOCABULARY),
-        "latent_format": {"mean": first["mean"], "std": first["std"], "rgb_factors": factors, "rgb_bias": bias},
+        "rgb_factors": factors,
+        "rgb_bias": bias,
         "parameters": sum(v.numel() for v in state.values()),
         "training": {
-            "steps": int(last["step"]),
-            "batch": sd3_mini.BATCH,
+            **record,
             "samples": int(last["samples"]),
             "seconds": float(last["seconds"]),
             "final_validation_loss": float(last["validation"]),
-            "seed": 0,
-            "hardware": f"{platform.machine()} CPU, {sd3_mini.SHARDS} cores, bfloat16 autocast",
             "torch": torch.__version__,
         },
-        "autoencoder_training": {
-            **{key: first[key] for key in ("psnr", "batch", "seed")},
-            "phases": [{key: phase[key] for key in ("phase", "steps", "seconds")} for phase in first["phases"]],
-        },
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(state, path, {k: json.dumps(v) for k, v in metadata.items()})
-    _plot(log, path.with_name(f"{path.stem}-loss.png"))
+    _write(folder / f"{name}.safetensors", state, metadata)
+    _plot(log, folder / f"{name}-loss.png")
+
+
+def _write(path: pathlib.Path, state: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+    state = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in state.items()}
+    metadata = {"schema_version": loader.SCHEMA_VERSION, **metadata}
+    safetensors.torch.save_file(state, path, {key: json.dumps(value) for key, value in metadata.items()})
 
 
 def _plot(log: list[dict[str, str]], path: pathlib.Path) -> None:
@@ -102,13 +113,15 @@ def _plot(log: list[dict[str, str]], path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", choices=loader.MODELS)
     parser.add_argument("--run", type=pathlib.Path, required=True)
-    parser.add_argument("--to", type=pathlib.Path, default=loader.FOLDER / "sd3-mini.safetensors")
-    options = parser.parse_args()
-    export(options.run, options.to)
+    parser.add_argument("--autoencoder", type=pathlib.Path, required=True)
+    parser.add_argument("--to", type=pathlib.Path, default=loader.FOLDER)
+    options = parser.parse_args(arguments)
+    export(options.name, options.run, options.autoencoder, options.to)
 
 
 if __name__ == "__main__":

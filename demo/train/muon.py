@@ -29,7 +29,7 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class Muon:
-    """Muon over 2-D parameters; a fused qkv matrix ``[3C, C]`` counts as three.
+    """Muon over 2-D parameters; a fused matrix ``[3C, C]`` or ``[2C, C]`` of an attention counts as three or two.
 
     Args:
         parameters: 2-D parameters, the same order on every worker.
@@ -51,7 +51,8 @@ class Muon:
         updates = torch._foreach_lerp(gradients, self.buffers, self.momentum)
         stacks: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = collections.defaultdict(list)
         for parameter, update in zip(self.parameters, updates, strict=True):
-            parts = parameter.shape[0] // parameter.shape[1] if parameter.shape[0] == 3 * parameter.shape[1] else 1
+            rows, columns = parameter.shape
+            parts = rows // columns if rows in (2 * columns, 3 * columns) else 1
             for p, u in zip(parameter.chunk(parts), update.chunk(parts), strict=True):
                 stacks[p.shape].append((p, u))
         for shape, pairs in stacks.items():

@@ -1,7 +1,9 @@
-"""Judge a demo model through the host's sampler: ``python -m demo.train.report [--count 200] [--sheet PATH]``.
+"""Judge a demo model through the host's sampler, on captions it has never seen.
 
-Prints, as JSON, the share of unseen captions drawn right (``demo.detector``: every attribute of every object, and the
-background), and draws a sheet of the first pictures with their captions; a red frame marks a picture judged wrong.
+Writes, as JSON: the share of easy and of hard captions drawn right (``demo.detector``: shape, colour, place and motion of
+every object, the background, nothing else), the same for real renders of the same captions, which is the most that the
+detector can see, and how far the pictures move when half of the steps are left out. Draws a sheet of the first pictures
+with their captions; a red frame marks what was judged wrong.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import math
 import pathlib
+import statistics
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -17,89 +21,152 @@ from typing import Any
 
 import torch
 
-from .. import detector, loader
+from blockdance_core import metrics
 
-TILE, TEXT = 160, 92  # pixels
+from .. import detector, loader, scenes
+from ..architectures import ARCHITECTURES
+
+TILE, TEXT = 144, 118  # pixels
+SHEET = 12  # captions of each difficulty
+BATCH = 16
 
 
-def sample(demo: loader.DemoModel, captions: Sequence[str], cfg: float, seed: int, steps: int = 30) -> torch.Tensor:
-    """One picture ``[3, 64, 64]`` in 0..1 for each caption, by the host's Euler sampler."""
+def sample(demo: loader.DemoModel, captions: Sequence[str], seed: int, **changed: Any) -> torch.Tensor:
+    """One picture ``[3, H, W]`` or clip ``[F, 3, H, W]`` in 0..1 for each caption, through the host's sampler.
+
+    Args:
+        demo: The model.
+        captions: The captions.
+        seed: Seed of the noise.
+        changed: ``sampler``, ``scheduler``, ``cfg`` or ``steps`` in place of the model's own.
+    """
     import comfy.sample
 
+    how = {**demo.sampling, **changed}
     pictures = []
-    for start in range(0, len(captions), 16):
-        part = captions[start : start + 16]
-        latent = loader.empty_latent(demo, len(part))
+    for start in range(0, len(captions), BATCH):
+        part = captions[start : start + BATCH]
+        latent = loader.empty_latent(demo.model, len(part))
         noise = comfy.sample.prepare_noise(latent, seed + start)
         result = comfy.sample.sample(
-            demo.model, noise, steps, cfg, "euler", "simple", demo.encode(part), demo.encode(""), latent,
-            disable_pbar=True, seed=seed,
+            demo.model, noise, how["steps"], how["cfg"], how["sampler"], how["scheduler"], demo.encode(part), demo.encode(""),
+            latent, disable_pbar=True, seed=seed,
         )  # fmt: skip
-        pictures.append(demo.vae.decode(result).permute(0, 3, 1, 2))
+        pictures.append(demo.vae.decode(result).movedim(-1, -3))
     return torch.cat(pictures)
+
+
+def judge(pictures: torch.Tensor, captions: Sequence[str]) -> list[detector.Verdict]:
+    """The detector on each picture."""
+    return [detector.judge(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
 
 
 def tally(verdicts: Sequence[detector.Verdict]) -> dict[str, Any]:
     """Shares of captions and of attributes that are right."""
-    by_number: dict[int, list[bool]] = collections.defaultdict(list)
     by_attribute: dict[str, list[bool]] = collections.defaultdict(list)
     for verdict in verdicts:
-        by_number[len(verdict.objects)].append(verdict.right)
         by_attribute["background"].append(verdict.background)
+        by_attribute["nothing else"].append(verdict.nothing_else)
         for found in verdict.objects:
-            by_attribute["object"].append(all(found.values()))
             for name, right in found.items():
                 by_attribute[name].append(right)
     return {
-        "captions": len(verdicts),
         "right": _share([v.right for v in verdicts]),
-        "right_by_objects": {n: _share(found) for n, found in sorted(by_number.items())},
         "attributes_right": {name: _share(found) for name, found in by_attribute.items()},
     }
 
 
-def _share(found: list[bool]) -> float:
-    return round(sum(found) / len(found), 3)
+def fidelity(pictures: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
+    """Mean SSIM with its 95 % interval over the captions, and mean PSNR in dB, data range 1; clips by frame."""
+    frames = (pictures.reshape(-1, *pictures.shape[-3:]), reference.reshape(-1, *reference.shape[-3:]))
+    channels_last = [f.movedim(-3, -1) for f in frames]
+    ssim = metrics.ssim(*channels_last).reshape(len(pictures), -1).mean(1)
+    psnr = metrics.psnr(*channels_last).reshape(len(pictures), -1).mean(1)
+    half = 1.96 * ssim.std().item() / math.sqrt(len(ssim))
+    return {"ssim": round(ssim.mean().item(), 4), "ssim_interval": round(half, 4), "psnr": round(psnr.mean().item(), 2)}
 
 
-def sheet(pictures: torch.Tensor, captions: Sequence[str], verdicts: Sequence[detector.Verdict], columns: int = 6) -> Any:
-    """Pictures with captions below, as a PIL image."""
+def measure(demo: loader.DemoModel, split: str, count: int, compared: int, seed: int) -> dict[str, Any]:
+    """All figures of a model, for both difficulties.
+
+    Args:
+        demo: The model.
+        split: Split of the captions.
+        count: Captions of each difficulty that are judged.
+        compared: How many of them are sampled again with half of the steps.
+        seed: Seed of captions and noise.
+    """
+    architecture = ARCHITECTURES[demo.name]
+    result: dict[str, Any] = {"model": demo.name, "split": split, "captions": count, "seed": seed, **demo.sampling}
+    for difficulty in scenes.DIFFICULTIES:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = scenes.draw(count, generator, split, architecture.moving, difficulty)
+        captions = drawn.said.captions()
+        frames = scenes.FRAMES if architecture.moving else 1
+        real = scenes.render_clips(drawn.scenes, generator, frames, architecture.size)
+        pictures = sample(demo, captions, seed)
+        fewer = sample(demo, captions[:compared], seed, steps=demo.sampling["steps"] // 2)
+        result[difficulty] = {
+            **tally(judge(pictures, captions)),
+            "real_renders_right": _share([v.right for v in judge(real if architecture.moving else real[:, 0], captions)]),
+            "half_the_steps": {"captions": compared, **fidelity(fewer, pictures[:compared])},
+        }
+    return result
+
+
+def sheet(demo: loader.DemoModel, split: str, seed: int) -> Any:
+    """The first captions of each difficulty with their pictures, for clips three frames of each, as a PIL image."""
     from PIL import Image, ImageDraw, ImageFont
 
+    captions = [c for d in scenes.DIFFICULTIES for c in loader.captions(demo.name, split, SHEET, seed, d)]
+    pictures = sample(demo, captions[:SHEET], seed), sample(demo, captions[SHEET:], seed)
+    pictures = torch.cat(pictures)
+    verdicts = judge(pictures, captions)
+    moving = ARCHITECTURES[demo.name].moving
+    columns, wide = (4, 3 * TILE) if moving else (8, TILE)
+    tall = TILE + (60 if moving else TEXT)
     rows = -(-len(captions) // columns)
-    canvas = Image.new("RGB", (columns * (TILE + 12) + 12, rows * (TILE + TEXT) + 12), "white")
+    canvas = Image.new("RGB", (columns * (wide + 12) + 12, rows * tall + 12), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
     for index, (picture, caption, verdict) in enumerate(zip(pictures, captions, verdicts, strict=True)):
-        x, y = 12 + index % columns * (TILE + 12), 12 + index // columns * (TILE + TEXT)
-        pixels = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+        x, y = 12 + index % columns * (wide + 12), 12 + index // columns * tall
+        shown = picture[:: (len(picture) - 1) // 2] if moving else picture[None]
         if not verdict.right:
-            pen.rectangle((x - 4, y - 4, x + TILE + 3, y + TILE + 3), fill=(214, 40, 40))
-        canvas.paste(Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC), (x, y))
-        pen.text((x, y + TILE + 5), textwrap.fill(caption, 28), fill="black", font=font, spacing=1)
+            pen.rectangle((x - 4, y - 4, x + wide + 3, y + TILE + 3), fill=(214, 40, 40))
+        for k, frame in enumerate(shown):
+            pixels = (frame.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+            canvas.paste(Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC), (x + k * TILE, y))
+        pen.text((x, y + TILE + 5), textwrap.fill(caption, wide // 6), fill="black", font=font, spacing=1)
     return canvas
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--name", default="sd3-mini", choices=loader.MODELS)
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--cfg", type=float, default=3.0)
-    parser.add_argument("--seed", type=int, default=11)
-    parser.add_argument("--sheet", type=pathlib.Path, help="write the first 30 there")
-    options = parser.parse_args()
-    sys.argv = [sys.argv[0]] + ([] if torch.cuda.is_available() else ["--cpu"])
-    import comfy.options
+def _share(found: Sequence[bool]) -> float:
+    return round(statistics.fmean(found), 3)
 
-    comfy.options.enable_args_parsing()
-    demo = loader.load_demo(options.name)
-    captions = loader.captions(options.name, options.split, options.count, options.seed)
-    pictures = sample(demo, captions, options.cfg, options.seed)
-    verdicts = [detector.judge(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
-    print(json.dumps(tally(verdicts), indent=1))
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", choices=loader.MODELS)
+    parser.add_argument("--models", type=pathlib.Path, help="folder of the models")
+    parser.add_argument("--split", default="test", choices=scenes.SPLITS)
+    parser.add_argument("--count", type=int, default=100, help="captions of each difficulty")
+    parser.add_argument("--compared", type=int, default=32, help="of these, sampled with half the steps too")
+    parser.add_argument("--seed", type=int, default=11)
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures there")
+    parser.add_argument("--sheet", type=pathlib.Path, help="write the pictures there")
+    options = parser.parse_args(arguments)
+    sys.path.append(str(pathlib.Path(__file__).parents[2] / "tests"))
+    from host import launcher
+
+    launcher.enter(*(() if torch.cuda.is_available() else ("--cpu",)))
+    demo = loader.load_demo(options.name, options.models)
+    result = measure(demo, options.split, options.count, options.compared, options.seed)
+    print(json.dumps(result, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
     if options.sheet:
-        sheet(pictures[:30], captions[:30], verdicts[:30]).save(options.sheet, quality=90)
+        sheet(demo, options.split, options.seed).save(options.sheet, quality=88)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""The training script: what Muon does to a matrix, the schedule, and that an interrupted run continues exactly."""
+"""The training script: what Muon does to a matrix, the schedule, the losses, and that a run interrupted continues exactly."""
 
 import argparse
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from demo import autoencoder
-from demo.train import muon, sd3_mini
+from demo import architectures, autoencoder, loader
+from demo.train import diffusion, export, muon, report
+
+EVERY = pytest.mark.parametrize("name", loader.MODELS)
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 64, 16), (2, 16, 64)])
@@ -17,11 +20,12 @@ def test_orthogonalise_brings_singular_values_near_one(shape):
     assert values.max() < 1.4
 
 
-def test_muon_moves_a_fused_qkv_matrix_as_three():
-    fused = torch.nn.Parameter(torch.zeros(48, 16))
-    fused.grad = torch.randn(48, 16)
-    apart = [torch.nn.Parameter(torch.zeros(16, 16)) for _ in range(3)]
-    for parameter, gradient in zip(apart, fused.grad.chunk(3), strict=True):
+@pytest.mark.parametrize("parts", [2, 3])
+def test_muon_moves_a_fused_matrix_as_its_parts(parts):
+    fused = torch.nn.Parameter(torch.zeros(parts * 16, 16))
+    fused.grad = torch.randn(parts * 16, 16)
+    apart = [torch.nn.Parameter(torch.zeros(16, 16)) for _ in range(parts)]
+    for parameter, gradient in zip(apart, fused.grad.chunk(parts), strict=True):
         parameter.grad = gradient.clone()
     muon.Muon([fused]).step(0.1)
     muon.Muon(apart).step(0.1)
@@ -29,44 +33,101 @@ def test_muon_moves_a_fused_qkv_matrix_as_three():
 
 
 def test_rate_warms_up_stays_and_falls_to_zero():
-    rates = [sd3_mini.rate_at(step, 1000, 0.3) for step in (0, 49, 99, 500, 699, 850, 999)]
+    rates = [diffusion.rate_at(step, 1000, 0.3) for step in (0, 49, 99, 500, 699, 850, 999)]
     assert rates == pytest.approx([0.01, 0.5, 1, 1, 1, 0.5, 1 / 300])
+
+
+def test_attention_equals_the_fused_one():
+    q, k, v = torch.randn(3, 2, 2, 7, 16)
+    assert torch.allclose(diffusion.attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-6)
+
+
+@EVERY
+def test_initial_blocks_are_not_zero_and_the_model_is_nothing(name):
+    architecture = architectures.ARCHITECTURES[name]
+    trainee = diffusion.Trainee(architecture)
+    for key, parameter in trainee.model.named_parameters():
+        if "blocks." in key and parameter.ndim == 2 and not any(w in key for w in ("adaLN", "table", "cross_attn")):
+            assert parameter.std() > 0.01, key
+    x = torch.randn(2, *architecture.latent_shape)
+    tokens = torch.zeros(2, 5, 9, dtype=torch.long)
+    with torch.no_grad():
+        assert not trainee(x, torch.tensor([3.0, 500.0]), tokens).any()
+
+
+@EVERY
+def test_losses_are_the_hosts_own_predictions_errors(name):
+    """A model that answers with the truth in the host's convention has no error, at any of the host's noise levels."""
+    model = loader.load_demo(name).model
+    sampling = model.get_model_object("model_sampling")
+    architecture = architectures.ARCHITECTURES[name]
+    x0, noise = torch.randn(2, 3, *architecture.latent_shape)
+    share = torch.tensor([0.1, 0.5, 0.9])
+
+    class Truth(torch.nn.Module):
+        def forward(self, x, timestep, tokens):
+            sigma = sampling.sigma(timestep).view(-1, *[1] * (x0.ndim - 1))
+            scaled = sampling.calculate_input(sigma, sampling.noise_scaling(sigma, noise, x0))
+            assert torch.allclose(x.float(), scaled, atol=0.05)  # x is bfloat16
+            return noise if architecture.objective == "epsilon" else noise - x0
+
+    assert diffusion.objective_of(architecture)(Truth(), (x0, None, noise, share)) == 0
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Start or continue a tiny run in `tmp_path`; returns its parameters and averaged weights."""
-    monkeypatch.setattr(sd3_mini, "BATCH", 4)
-    monkeypatch.setitem(sd3_mini.UNET_CONFIG, "num_blocks", 2)
+    """Start or continue a tiny run in `tmp_path`; returns its state."""
+    small = {"num_blocks": 2, "depth": 2, "num_layers": 2}
+    for name, architecture in architectures.ARCHITECTURES.items():
+        config = {k: min(v, small[k]) if k in small else v for k, v in architecture.unet_config.items()}
+        monkeypatch.setitem(architectures.ARCHITECTURES, name, dataclasses.replace(architecture, unet_config=config))
     torch.save(autoencoder.Autoencoder().state_dict(), tmp_path / "autoencoder.pt")
-    statistics = {"mean": [0.0] * autoencoder.LATENT_CHANNELS, "std": [1.0] * autoencoder.LATENT_CHANNELS}
-    (tmp_path / "autoencoder.json").write_text(json.dumps(statistics), encoding="utf-8")
+    record = {"psnr": 30.0, "batch": 32, "seed": 0, "phases": []}
+    (tmp_path / "autoencoder.json").write_text(json.dumps(record), encoding="utf-8")
 
-    def start(name, every):
-        out = tmp_path / name
+    def start(folder, every, name="sd3-mini"):
+        out = tmp_path / folder
         out.mkdir(exist_ok=True)
         options = argparse.Namespace(
-            out=out, autoencoder=tmp_path, steps=6, decay=0.3, seed=0, every=every, workers=1, threads=1, compile=False
-        )
-        state = sd3_mini.Run(options, 0)
+            name=name, out=out, autoencoder=tmp_path, seed=0, every=every, workers=1, threads=1, compile=False,
+            recipe=diffusion.Recipe(batch=4, steps=6),
+        )  # fmt: skip
+        state = diffusion.Run(options, 0)
         state.train(1)
         return state
 
     return start
 
 
-def test_run_interrupted_continues_exactly(run, tmp_path):
-    whole = run("whole", every=6)
-    stop = tmp_path / "parts" / "stop"
-    stop.parent.mkdir()
-    stop.touch()
-    assert run("parts", every=100).step == 1
-    stop.unlink()
-    parts = run("parts", every=100)
+@EVERY
+def test_run_interrupted_continues_exactly(run, tmp_path, name):
+    from comfy import model_management
+
+    model_management.in_training, before = True, model_management.in_training
+    try:
+        whole = run("whole", 6, name)
+        stop = tmp_path / "parts" / "stop"
+        stop.parent.mkdir()
+        stop.touch()
+        assert run("parts", 100, name).step == 1
+        stop.unlink()
+        parts = run("parts", 100, name)
+    finally:
+        model_management.in_training = before
     assert parts.step == whole.step == 6
     for ours, theirs in ((parts.parameters, whole.parameters), (parts.ema, whole.ema)):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert not any(a.requires_grad for a in parts.ema)
 
 
-def test_run_keeps_no_graph_in_the_averaged_weights(run):
-    assert not any(value.requires_grad for value in run("graph", every=6).ema)
+def test_export_of_a_run_loads_and_draws_in_the_host(run, tmp_path):
+    run("run", 6)
+    to = tmp_path / "models"
+    export.main(["sd3-mini", "--run", str(tmp_path / "run"), "--autoencoder", str(tmp_path), "--to", str(to)])
+    demo = loader.load_demo("sd3-mini", to)
+    assert demo.metadata["training"]["samples"] == 24
+    assert (to / "sd3-mini-loss.png").is_file()
+    result = report.measure(demo, "validation", 2, 2, 0)
+    assert 0 <= result["hard"]["right"] <= 1
+    assert result["easy"]["half_the_steps"]["captions"] == 2
+    assert report.sheet(demo, "validation", 0).size[0] > 500

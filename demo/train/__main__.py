@@ -1,0 +1,56 @@
+"""Train a demo model from nothing: the autoencoder, the diffusion transformer, the files, and what they can do.
+
+``python dev.py train-demo NAME`` runs this. What is finished is not done again, so the same command goes on after an
+interruption; a file named ``stop`` in the run's folder ends it after the step in hand. The shipped models are left alone:
+the new ones lie in the run's folder until ``--to demo/models``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from .. import architectures
+from . import autoencoder, diffusion, export, report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; 0 when everything is done."""
+    parser = argparse.ArgumentParser(prog="python dev.py train-demo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", choices=architectures.ARCHITECTURES)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the runs")
+    parser.add_argument("--to", type=pathlib.Path, help="where the finished files go (default: models in --out)")
+    parser.add_argument("--steps", type=int, help="in place of the recipe's, for a trial")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=100, help="test captions of each difficulty that are judged")
+    options = parser.parse_args(arguments)
+    first, run, to = options.out / "autoencoder", options.out / options.name, options.to or options.out / "models"
+    for phase in (1, 2):
+        if phase > _phases(first):
+            print(f"autoencoder, phase {phase} of 2", flush=True)
+            autoencoder.main(["--out", str(first), "--phase", str(phase), "--seed", str(options.seed)])
+    print(f"{options.name}, in {run}", flush=True)
+    trial = ["--steps", str(options.steps)] if options.steps else []
+    diffusion.main([options.name, "--out", str(run), "--autoencoder", str(first), "--seed", str(options.seed), *trial])
+    if (run / "stop").exists():
+        print(f"stopped; remove {run / 'stop'} and run this again to go on")
+        return 1
+    export.main([options.name, "--run", str(run), "--autoencoder", str(first), "--to", str(to)])
+    figures, pictures = to / f"{options.name}-report.json", to / f"{options.name}-samples.jpg"
+    count = ["--count", str(options.count), "--compared", str(min(32, options.count))]
+    report.main([options.name, "--models", str(to), "--json", str(figures), "--sheet", str(pictures), *count])
+    print(f"finished: {to}")
+    return 0
+
+
+def _phases(folder: pathlib.Path) -> int:
+    """How many phases of the autoencoder's training are finished."""
+    path = folder / "autoencoder.json"
+    return len(json.loads(path.read_text(encoding="utf-8"))["phases"]) if path.is_file() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

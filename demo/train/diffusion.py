@@ -1,0 +1,390 @@
+"""Train a demo model, a small diffusion transformer of the host's own class, on the scenes of ``demo.scenes``.
+
+Muon for the blocks' matrices and AdamW for the rest, warmup - stable - decay, 10 % empty captions for guidance,
+exponential moving average. Data, noise and dropped captions depend only on the seed, the step and the shard, so a run
+that was interrupted continues exactly. ``python dev.py train-demo NAME`` runs the autoencoder, this, the export and the
+report one after the other (demo/train/__main__.py).
+
+On CPU use one worker per core: workers meet once a step, threads at every operation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import functools
+import json
+import logging
+import os
+import pathlib
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import distributed, nn
+
+from blockdance_core import families
+
+from .. import architectures, autoencoder, scenes, text
+from .muon import Muon
+
+logger = logging.getLogger(__name__)
+os.environ.setdefault("TORCHINDUCTOR_CPP_USE_DECOMPOSE_TANH", "1")  # its own tanh is several times slower
+
+SHARDS = 2  # the batch is drawn in this many parts, whatever the number of workers
+MUON_RATE = 0.02
+ADAM_RATE = 2e-3
+WARMUP = 100  # steps
+VALIDATION = 4  # half batches
+DROP = 0.1  # share of empty captions
+EMA = 0.998
+SIGMA_MAX = 20.0  # beyond it an error in the noise weighs no more
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one model is trained.
+
+    Attributes:
+        batch: Samples a step, a multiple of ``SHARDS``.
+        steps: Number of steps.
+        decay: Share of the steps in which the rate falls to zero.
+        spread: Mean and deviation of log(sigma / (1 - sigma)), where sigma is the share of noise in a training sample.
+    """
+
+    batch: int = 64
+    steps: int = 3500
+    decay: float = 0.35
+    spread: tuple[float, float] = (0.0, 1.0)
+
+
+RECIPES = {
+    "sd3-mini": Recipe(steps=3300),
+    "pixart-mini": Recipe(spread=(0.4, 1.5)),
+    "wan-mini": Recipe(batch=32, spread=(0.4, 1.0)),
+}
+
+
+class Trainee(nn.Module):
+    """The diffusion model and the text encoder, trained together."""
+
+    def __init__(self, architecture: architectures.Architecture) -> None:
+        super().__init__()
+        self.model = architecture.network()(
+            **architecture.unet_config, dtype=torch.float32, device="cpu", operations=nn
+        ).eval()  # a host class that drops captions by itself in training must not
+        self.text = text.TextEncoder()
+        _initialise(self.model)
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The model's prediction at x ``[B, C, (F,) H, W]``, host time steps ``[B]``, word ids ``[B, P, A]``."""
+        context, pooled = self.text(tokens)
+        return self.model(x, timestep, context=context, y=pooled)
+
+
+def _initialise(model: nn.Module) -> None:
+    """Xavier matrices, small embedders, and blocks and a last layer that begin as nothing."""
+    for name, parameter in model.named_parameters():
+        parts = set(name.split("."))
+        if parts & {"bias", "adaLN_modulation", "t_block", "time_projection", "scale_shift_table", "modulation"}:
+            nn.init.zeros_(parameter)
+        elif name.endswith(("final_layer.linear.weight", "head.head.weight", "cross_attn.proj.weight", "cross_attn.o.weight")):
+            nn.init.zeros_(parameter)
+        elif parameter.ndim < 2:
+            nn.init.ones_(parameter)
+        elif parts & {"t_embedder", "time_embedding"} or "y_embedder.mlp" in name:
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            nn.init.xavier_uniform_(parameter.flatten(1))
+
+
+class Data:
+    """Latents, word ids and noise for a step, drawn from seed, step and shard alone."""
+
+    def __init__(self, architecture: architectures.Architecture, folder: pathlib.Path, recipe: Recipe, seed: int) -> None:
+        self.architecture = architecture
+        self.recipe = recipe
+        self.seed = seed
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.autoencoder = autoencoder.Autoencoder()
+        self.autoencoder.load_state_dict(torch.load(folder / "autoencoder.pt", weights_only=True))
+        self.autoencoder.to(self.device).eval().requires_grad_(False)
+
+    def __call__(self, step: int, shard: int, count: int, split: str = "train") -> tuple[torch.Tensor, ...]:
+        """x0 ``[B, C, (F,) H, W]``, word ids ``[B, P, A]``, noise like x0, share of noise ``[B]`` in 0..1."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 64 + shard)
+        drawn = scenes.draw(count, generator, split, self.architecture.moving)
+        frames = scenes.FRAMES if self.architecture.moving else 1
+        clips = scenes.render_clips(drawn.scenes, generator, frames, self.architecture.size).to(self.device) * 2 - 1
+        latent = self.autoencoder.encode(clips.flatten(0, 1))
+        x0 = self.architecture.pack(latent.unflatten(0, (count, frames))).contiguous()
+        tokens = drawn.said.tokens()
+        tokens[torch.rand(count, generator=generator) < DROP] = 0
+        noise = torch.randn(x0.shape, generator=generator)
+        quantile = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+        centre, deviation = self.recipe.spread
+        sigma = (centre + deviation * torch.special.ndtri(quantile.clamp(1e-4, 1 - 1e-4))).sigmoid()
+        return x0, tokens.to(self.device), noise.to(self.device), sigma.to(self.device)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
+    """Attention of ``[B, heads, L, D]`` in two products: for so few tokens on a CPU several times faster than the fused one."""
+    assert options.get("attn_mask") is None, "the demo models have no masks"
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores.float().softmax(-1).to(v.dtype) @ v
+
+
+def flow_loss(trainee: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Mean squared error of the velocity noise - x0 at x = (1 - s) x0 + s noise; the model is given 1000 s."""
+    x0, tokens, noise, share = batch
+    mix = share.view(-1, *[1] * (x0.ndim - 1))
+    velocity = trainee(((1 - mix) * x0 + mix * noise).bfloat16(), share * 1000, tokens)
+    return (velocity.float() - (noise - x0)).square().mean()
+
+
+def epsilon_loss(trainee: nn.Module, batch: tuple[torch.Tensor, ...], sigmas: torch.Tensor) -> torch.Tensor:
+    """The same error, of the velocity that a predicted noise implies; shares go to the nearest of the host's sigmas."""
+    x0, tokens, noise, share = batch
+    index = (sigmas.log() - (share / (1 - share)).log()[:, None]).abs().argmin(1)
+    sigma = sigmas[index].view(-1, *[1] * (x0.ndim - 1))
+    predicted = trainee(((x0 + sigma * noise) / (1 + sigma.square()).sqrt()).bfloat16(), index.float(), tokens)
+    return ((predicted.float() - noise) * (1 + sigma.clamp(max=SIGMA_MAX))).square().mean()
+
+
+def objective_of(architecture: architectures.Architecture) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], torch.Tensor]:
+    """The loss of a model, from the trainee and a batch."""
+    if architecture.objective == "flow":
+        return flow_loss
+    settings = architecture.sampling_settings
+    betas = torch.linspace(settings["linear_start"], settings["linear_end"], settings["timesteps"], dtype=torch.float64)
+    kept = (1 - betas).cumprod(0)
+    return functools.partial(epsilon_loss, sigmas=((1 - kept) / kept).sqrt().float())
+
+
+def rate_at(step: int, steps: int, decay: float) -> float:
+    """Share of the full learning rate: linear warmup, flat, linear decay over the last ``decay`` of ``steps``."""
+    return min(1.0, (step + 1) / WARMUP, (steps - step) / (decay * steps))
+
+
+class Masters:
+    """Parameters in float32, whose copies in bfloat16 the network computes with; gradients gather in one flat vector.
+
+    Args:
+        network: Becomes bfloat16, but for the modules named in ``exact``.
+        exact: Modules that stay float32.
+    """
+
+    def __init__(self, network: nn.Module, exact: Sequence[str] = ()) -> None:
+        self.names = [name for name, _ in network.named_parameters()]
+        values = [p.detach().float() for p in network.parameters()]
+        flat = torch.cat([value.flatten() for value in values])
+        self.gradient = torch.zeros_like(flat)
+        sizes = [value.numel() for value in values]
+        pairs = zip(values, flat.split(sizes), self.gradient.split(sizes), strict=True)
+        self.parameters: list[nn.Parameter] = []
+        for value, part, gradient in pairs:
+            parameter = nn.Parameter(part.view(value.shape))
+            parameter.grad = gradient.view(value.shape)
+            self.parameters.append(parameter)
+        network.bfloat16()
+        for name in exact:
+            network.get_submodule(name).float()
+        self.copies = list(network.parameters())
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Add the copies' gradients to the masters' and forget them."""
+        torch._foreach_add_([p.grad for p in self.parameters], [p.grad.float() for p in self.copies])
+        for copy in self.copies:
+            copy.grad = None
+
+    @torch.no_grad()
+    def publish(self, values: Sequence[torch.Tensor] | None = None) -> None:
+        """Write the masters, or other values, into the copies."""
+        torch._foreach_copy_(self.copies, list(values or self.parameters))
+
+
+class Run:
+    """Everything that a checkpoint holds, and the training loop over it."""
+
+    def __init__(self, options: argparse.Namespace, rank: int) -> None:
+        self.options = options
+        self.rank = rank
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(options.seed)
+        architecture, self.recipe = architectures.ARCHITECTURES[options.name], options.recipe
+        self.trainee = Trainee(architecture).to(self.device)
+        self.data = Data(architecture, options.autoencoder, self.recipe, options.seed)
+        self.loss = objective_of(architecture)
+        exact = [name for name, module in self.trainee.named_modules() if name.endswith("patch_embedding")]  # as the host wants
+        self.masters = Masters(self.trainee, exact)
+        self.parameters = self.masters.parameters
+        named = zip(self.masters.names, self.parameters, strict=True)
+        hidden = [p for n, p in named if "blocks." in n and p.ndim == 2 and not re.search("adaLN|table", n)]
+        chosen = {id(p) for p in hidden}
+        self.muon = Muon(hidden)
+        self.adam = torch.optim.AdamW(
+            [p for p in self.parameters if id(p) not in chosen], betas=(0.9, 0.98), weight_decay=0.0, foreach=True
+        )
+        self.ema = [p.detach().clone() for p in self.parameters]
+        self.step = 0
+        self.seconds = 0.0
+        self.log: list[dict[str, float]] = []
+        path = options.out / "checkpoint.pt"
+        if path.exists():
+            self._load(path)
+
+    def _load(self, path: pathlib.Path) -> None:
+        state = torch.load(path, map_location=self.device, weights_only=False)
+        torch._foreach_copy_([p.detach() for p in self.parameters], state["parameters"])
+        self.masters.publish()
+        self.muon.load_state_dict(state["muon"])
+        self.adam.load_state_dict(state["adam"])
+        self.ema = [value.detach() for value in state["ema"]]
+        self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
+        logger.info("resumed at step %d", self.step)
+
+    def save(self) -> None:
+        """Write checkpoint and log; the checkpoint is replaced in one move."""
+        out = self.options.out
+        state = {
+            "parameters": [p.detach() for p in self.parameters],
+            "muon": self.muon.state_dict(),
+            "adam": self.adam.state_dict(),
+            "ema": self.ema,
+            "step": self.step,
+            "seconds": self.seconds,
+            "log": self.log,
+            "seed": self.options.seed,
+        }
+        torch.save(state, out / "checkpoint.tmp")
+        os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
+        torch.save(dict(zip(self.masters.names, self.ema, strict=True)), out / "ema.pt")
+        hardware = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{platform.machine()} CPU, {SHARDS} cores"
+        record = {**dataclasses.asdict(self.recipe), "seed": self.options.seed, "hardware": hardware}
+        (out / "recipe.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        with open(out / "log.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["step", "samples", "seconds", "rate", "loss", "validation", "gradient"])
+            writer.writeheader()
+            writer.writerows(self.log)
+
+    def train(self, workers: int) -> None:
+        """Train to the last step, saving now and then, or until a file named ``stop`` appears in the folder."""
+        if self.options.compile:
+            for block in families.find(self.trainee.model).blocks:
+                block.module.compile(dynamic=False)
+        shards = range(self.rank, SHARDS, workers)
+        losses: list[float] = []
+        begun = time.monotonic() - self.seconds
+        while self.step < self.recipe.steps:
+            rate = rate_at(self.step, self.recipe.steps, self.recipe.decay)
+            loss = torch.zeros(())
+            for shard in shards:
+                part = self.loss(self.trainee, self.data(self.step, shard, self.recipe.batch // SHARDS)) / SHARDS
+                part.backward()
+                self.masters.gather()
+                loss += part.detach().cpu()
+            gradient, loss_value, stop = self._gather(loss)
+            self.muon.step(MUON_RATE * rate)
+            for group in self.adam.param_groups:
+                group["lr"] = ADAM_RATE * rate
+            self.adam.step()
+            self.masters.publish()
+            self.masters.gradient.zero_()
+            self.step += 1
+            with torch.no_grad():
+                torch._foreach_lerp_(self.ema, self.parameters, 1 - min(EMA, self.step / (self.step + 10)))
+            losses.append(loss_value)
+            self.seconds = time.monotonic() - begun
+            if self.step % self.options.every == 0 or stop or self.step == self.recipe.steps:
+                self._record(rate, losses, gradient)
+                losses = []
+            if stop:
+                return
+
+    def _gather(self, loss: torch.Tensor) -> tuple[float, float, bool]:
+        """Average gradients over the workers in place and clip them; norm, loss, and whether to stop."""
+        extra = torch.tensor([loss.item(), float((self.options.out / "stop").exists())], device=self.device)
+        gradient = self.masters.gradient
+        if distributed.is_initialized():
+            distributed.all_reduce(gradient)
+            distributed.all_reduce(extra)
+        norm = gradient.norm().item()
+        gradient *= min(1.0, 1.0 / (norm + 1e-6))
+        return norm, extra[0].item(), extra[1].item() > 0
+
+    def _record(self, rate: float, losses: list[float], gradient: float) -> None:
+        if self.rank != 0:
+            return
+        self.masters.publish(self.ema)
+        shares = range(1000, 1000 + VALIDATION)
+        with torch.no_grad():
+            parts = [self.loss(self.trainee, self.data(0, k, self.recipe.batch // SHARDS, "validation")).item() for k in shares]
+        self.masters.publish()
+        row = {
+            "step": self.step,
+            "samples": self.step * self.recipe.batch,
+            "seconds": round(self.seconds),
+            "rate": round(rate, 4),
+            "loss": round(sum(losses) / len(losses), 5),
+            "validation": round(sum(parts) / len(parts), 5),
+            "gradient": round(gradient, 4),
+        }
+        self.log.append(row)
+        logger.info("%s  %.1f samples/s", row, len(losses) * self.recipe.batch / (self.seconds - self._previous()))
+        self.save()
+
+    def _previous(self) -> float:
+        return self.log[-2]["seconds"] if len(self.log) > 1 else 0.0
+
+
+def _worker(rank: int, options: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s")
+    sys.path.append(str(pathlib.Path(__file__).parents[2] / "tests"))
+    from host import launcher
+
+    launcher.enter("--use-pytorch-cross-attention", *(() if torch.cuda.is_available() else ("--cpu",)))
+    import comfy.model_management
+    import comfy.ops
+
+    comfy.model_management.in_training = True  # operations that have gradients
+    if not torch.cuda.is_available():
+        comfy.ops.scaled_dot_product_attention = attention
+    torch.set_num_threads(options.threads)
+    if options.workers > 1:
+        distributed.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{options.port}", rank=rank, world_size=options.workers
+        )
+    Run(options, rank).train(options.workers)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", choices=RECIPES)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--autoencoder", type=pathlib.Path, required=True)
+    parser.add_argument("--steps", type=int, help="in place of the recipe's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=100, help="steps between log rows and checkpoints")
+    parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else SHARDS, choices=(1, SHARDS))
+    parser.add_argument("--port", type=int, default=29511, help="where the workers meet")
+    parser.add_argument("--threads", type=int, default=1, help="per worker")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile each block")
+    options = parser.parse_args(arguments)
+    options.recipe = RECIPES[options.name]
+    if options.steps:
+        options.recipe = dataclasses.replace(options.recipe, steps=options.steps)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.workers == 1:
+        _worker(0, options)
+    else:
+        torch.multiprocessing.spawn(_worker, (options,), nprocs=options.workers)
+
+
+if __name__ == "__main__":
+    main()
