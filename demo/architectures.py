@@ -66,7 +66,7 @@ class Architecture:
         return (self.channels, *([scenes.FRAMES] if self.moving else []), side, side)
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents of frames ``[B, F, 8, h, w]`` as the model takes them: ``[B, C, F, h, w]``, or ``[B, C, H, W]`` for one frame."""
+        """Latents of frames ``[B, F, 8, h, w]`` as the model takes them: ``[B, C, F, h, w]``, or ``[B, C, H, W]`` of one."""
         if self.moving:
             return latents.transpose(1, 2)
         return torch.nn.functional.pixel_shuffle(latents[:, 0], self.shuffle)

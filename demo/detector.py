@@ -92,7 +92,7 @@ def judge(frames: torch.Tensor, caption: str) -> Verdict:
 def look(picture: torch.Tensor, background: int | None = None) -> tuple[list[Found], int]:
     """The objects of a picture ``[3, H, H]`` and the code of its background's colour (given, or found)."""
     picture = picture.float().clamp(0, 1)
-    scale = picture.shape[-1] / scenes.SIZE
+    margin = (picture.shape[-1] - scenes.SIZE) / 2
     colours = torch.tensor(list(scenes.COLOURS.values()))
     object_errors = _to_segments(picture, colours * scenes.SHADE, colours)
     tones = torch.tensor(list(scenes.BACKGROUNDS.values()))
@@ -107,14 +107,14 @@ def look(picture: torch.Tensor, background: int | None = None) -> tuple[list[Fou
     is_it = ((rest - object_errors) / _CLEAR).clamp(0, 1)
     is_behind = ((torch.minimum(object_errors, others) - behind) / _CLEAR).clamp(0, 1)
     evidence = is_it - torch.where(is_it > 0, 0, is_behind.clamp(min=_HIDDEN))
-    masks, shapes, half = _masks(scale)
-    gathered = torch.nn.functional.conv2d(evidence[:, None], masks[:, None], padding=half)
+    masks, shapes = _masks()
+    gathered = torch.nn.functional.conv2d(evidence[:, None], masks[:, None], padding=_REACH)
     objects = []
     for colour, maps in enumerate(gathered):
         value, index = maps.flatten().max(0)
         mask, row, column = (int(i) for i in torch.unravel_index(index, maps.shape))
-        if value > max(_ENOUGH * scale * scale, _SHARE * masks[mask].sum()):
-            objects.append(Found(shapes[mask], colour, ((row + 0.5) / scale, (column + 0.5) / scale)))
+        if value > max(_ENOUGH, _SHARE * masks[mask].sum()):
+            objects.append(Found(shapes[mask], colour, (row + 0.5 - margin, column + 0.5 - margin)))
     return objects, background
 
 
@@ -145,16 +145,15 @@ def _without(errors: torch.Tensor, index: int) -> torch.Tensor:
     return torch.cat([errors[:index], errors[index + 1 :]])
 
 
-@functools.lru_cache(maxsize=4)
-def _masks(scale: float) -> tuple[torch.Tensor, list[int], int]:
-    """Masks ``[M, S, S]`` of all shapes and sizes with their centre in the middle, the shape of each, and half of S."""
-    half = round(_REACH * scale)
-    axis = torch.arange(-half, half + 1) / scale
+@functools.cache
+def _masks() -> tuple[torch.Tensor, list[int]]:
+    """Masks ``[M, S, S]`` of all shapes and sizes with their centre in the middle, and the shape of each."""
+    axis = torch.arange(-_REACH, _REACH + 1)
     radii = [radius * factor for radius in scenes.SIZES.values() for factor in _SCALES]
     masks, shapes = [], []
     for index, name in enumerate(scenes.SHAPES):
         for radius in radii:
             away = scenes.distance(name, axis[None, None, :], axis[None, :, None], torch.tensor(radius))
-            masks.append((0.5 - away[0] * scale).clamp(0, 1))
+            masks.append((0.5 - away[0]).clamp(0, 1))
             shapes.append(index)
-    return torch.stack(masks), shapes, half
+    return torch.stack(masks), shapes

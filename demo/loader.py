@@ -116,7 +116,7 @@ def empty_latent(model: Any, batch_size: int = 1) -> torch.Tensor:
     """
     shape = getattr(model.get_model_object("latent_format"), "demo_shape", None)
     if shape is None:
-        raise ValueError("The model is no BlockDance demo model. Connect Load BlockDance Demo Model, or use another empty latent.")
+        raise ValueError("The model is no BlockDance demo model. Use an empty latent that fits it.")
     return torch.zeros(batch_size, *shape)
 
 

@@ -36,7 +36,7 @@ TEXTURES = ("plain", "striped", "dotted", "checkered")
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "ring", "cross")
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
-CENTRES = (15.0, 32.0, 49.0)  # pixels, for rows and columns alike
+CENTRES = (16.0, 32.0, 48.0)  # pixels, for rows and columns alike
 LETTERS = ("unmarked", "c", "e", "h", "k", "n", "t", "x", "z")
 MOTIONS = {"still": (0, 0), "leftward": (0, -1), "rightward": (0, 1), "upward": (-1, 0), "downward": (1, 0)}  # rows, columns
 PACES = {"slowly": 1.6, "fast": 3.4}  # pixels a frame
@@ -72,6 +72,7 @@ VOCABULARY: tuple[str, ...] = (
 PHRASES = MAX_OBJECTS + 1  # of a caption: the objects, back to front, and the background
 SPLITS = ("train", "validation", "test")
 DIFFICULTIES = ("easy", "hard")
+EASY = 0.35  # share of easy captions
 OPEN = -1  # the code of what is not there: an object, or a word that is left open
 
 _ID = {word: i for i, word in enumerate(VOCABULARY)}
@@ -173,7 +174,7 @@ def draw(
         generator: CPU generator, the only source of randomness.
         split: One of ``SPLITS``.
         moving: Scenes for clips.
-        difficulty: One of ``DIFFICULTIES``; None mixes them, 35 % easy.
+        difficulty: One of ``DIFFICULTIES``; None mixes them, ``EASY`` of them easy.
     """
     wanted = SPLITS.index(split)
     found: list[Drawn] = []
@@ -239,9 +240,9 @@ def render(scenes: Scenes, generator: torch.Generator | None = None, size: int =
 
     Args:
         scenes: Batch of B scenes with nothing open.
-        generator: Source of what captions never say: places (4 pixels either way), sizes (8 %), angles and phases.
+        generator: Source of what captions never say: places (2 pixels either way), sizes (5 %), angles and phases.
             None draws at the named places, upright.
-        size: Side of the picture; all lengths grow with it.
+        size: Side of the picture; beyond ``SIZE`` a margin on all sides.
 
     Returns:
         ``[B, 3, size, size]`` float32 in 0..1.
@@ -264,9 +265,9 @@ def render_clips(
         ``[B, F, 3, size, size]`` float32 in 0..1.
     """
     batch = len(scenes)
-    numbers = torch.zeros(batch, MAX_OBJECTS, 7) if generator is None else torch.rand(batch, MAX_OBJECTS, 7, generator=generator)
-    wobble = torch.zeros(batch, MAX_OBJECTS, 3) if generator is None else numbers[..., :3] * 2 - 1
-    axis = (torch.arange(size) + 0.5) * (SIZE / size)
+    numbers = _random((batch, MAX_OBJECTS, 7), generator)
+    wobble = numbers[..., :3] * 2 - 1
+    axis = torch.arange(size) + 0.5 - (size - SIZE) / 2
     picture = _background(scenes.background, axis, generator)[:, None].expand(-1, frames, -1, -1, -1)
     time = torch.arange(frames)
     for k in range(MAX_OBJECTS):
@@ -280,18 +281,24 @@ def render_clips(
 def place(codes: torch.Tensor, time: torch.Tensor | float = 0.0) -> torch.Tensor:
     """Where objects of codes ``[N, 9]`` are at frame ``time`` (number or ``[T]``): ``[N, T, 2]`` pixels, row and column."""
     centres = torch.tensor(CENTRES)[codes[:, [_ROW, _COLUMN]]]
-    velocity = torch.tensor(list(MOTIONS.values()))[codes[:, _MOTION]] * torch.tensor(list(PACES.values()))[codes[:, _PACE], None]
+    direction = torch.tensor(list(MOTIONS.values()))[codes[:, _MOTION]]
+    velocity = direction * torch.tensor(list(PACES.values()))[codes[:, _PACE], None]
     return centres[:, None] + velocity[:, None] * torch.as_tensor(time, dtype=torch.float32).reshape(1, -1, 1)
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator | None) -> torch.Tensor:
+    """Numbers in 0..1; without a generator the middle of it."""
+    return torch.full(shape, 0.5) if generator is None else torch.rand(shape, generator=generator)
 
 
 def _object(
     codes: torch.Tensor, wobble: torch.Tensor, numbers: torch.Tensor, time: torch.Tensor, axis: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Paint ``[N, T, 3, H, W]`` and cover ``[N, T, 1, H, W]`` of one object a scene; ``axis`` holds the pixels' places."""
-    centre = place(codes, time) + 4.0 * wobble[:, None, :2]
+    centre = place(codes, time) + 2.0 * wobble[:, None, :2]
     dy = (axis - centre[..., :1])[..., :, None]  # [N, T, H, 1]
     dx = (axis - centre[..., 1:])[..., None, :]
-    radius = torch.tensor(list(SIZES.values()))[codes[:, _SIZE]] * (1 + 0.08 * wobble[:, 2])
+    radius = torch.tensor(list(SIZES.values()))[codes[:, _SIZE]] * (1 + 0.05 * wobble[:, 2])
     shape = torch.broadcast_shapes(dy.shape, dx.shape)
     alpha = torch.empty(shape)
     ink = torch.zeros(shape)
@@ -350,7 +357,7 @@ def _bitmap(letter: str) -> torch.Tensor:
 
 def _background(codes: torch.Tensor, axis: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     """``[B, 3, H, W]`` from colours and fills ``[B, 2]``."""
-    numbers = torch.zeros(len(codes), 3, _WAVES) if generator is None else torch.rand(len(codes), 3, _WAVES, generator=generator)
+    numbers = _random((len(codes), 3, _WAVES), generator)
     mix = torch.zeros(len(codes), len(axis), len(axis))
     mix[codes[:, 1] == FILLS.index("gradient")] = (axis[:, None] / SIZE).expand(-1, len(axis))
     for name, waves in (("rippled", 1), ("marbled", _WAVES)):
@@ -360,8 +367,8 @@ def _background(codes: torch.Tensor, axis: torch.Tensor, generator: torch.Genera
             period = 6 + 3 * stretch if name == "rippled" else 14 * 3**stretch
             turn = 2 * torch.pi / period
             angle = 2 * torch.pi * angle
-            across = (turn * angle.cos())[:, :, None, None] * axis + (turn * angle.sin())[:, :, None, None] * axis[:, None]
-            field = (across + 2 * torch.pi * phase[:, :, None, None]).cos().sum(1)
+            x, y, start = (value[:, :, None, None] for value in (turn * angle.cos(), turn * angle.sin(), 2 * torch.pi * phase))
+            field = (x * axis + y * axis[:, None] + start).cos().sum(1)
             mix[rows] = (0.5 + (0.8 if name == "rippled" else 1.1) * field).clamp(0, 1)
     tones = torch.tensor(list(BACKGROUNDS.values()))[codes[:, 0], :, :, None, None]
     return torch.lerp(tones[:, 0], tones[:, 1], mix[:, None])
@@ -407,18 +414,17 @@ def _star(dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -> torch.Ten
 def _draw_any(count: int, generator: torch.Generator, moving: bool, difficulty: str | None) -> Drawn:
     def pick(weights: list[float], *shape: int) -> torch.Tensor:
         total = torch.tensor(weights).cumsum(0)
-        return torch.searchsorted(total, torch.rand(shape, generator=generator) * total[-1], right=True).clamp(max=len(weights) - 1)
+        drawn = torch.rand(shape, generator=generator) * total[-1]
+        return torch.searchsorted(total, drawn, right=True).clamp(max=len(weights) - 1)
 
     def even(group: str, *shape: int) -> torch.Tensor:
         return pick([1.0] * len(ATTRIBUTES[group]), *shape)
 
     each = (count, MAX_OBJECTS)
-    if difficulty is None:
-        hard = torch.rand(count, generator=generator) >= 0.35
-    else:
-        hard = torch.full((count,), difficulty == "hard")
+    hard = torch.full((count,), difficulty == "hard") if difficulty else torch.rand(count, generator=generator) >= EASY
     per_object = hard[:, None].expand(each)
     number = torch.where(hard, pick([0, 3, 2] if moving else [0, 2, 3, 1], count), pick([1, 1], count)) + 1
+    lettered = per_object & (not moving)
     places = torch.rand(count, 9, generator=generator).argsort(dim=1)[:, :MAX_OBJECTS]
     columns = {
         "size": torch.where(per_object, pick([1, 2], *each), even("size", *each)),
@@ -427,7 +433,7 @@ def _draw_any(count: int, generator: torch.Generator, moving: bool, difficulty: 
         "shape": even("shape", *each),
         "row": places // 3,
         "column": places % 3,
-        "letter": torch.where(per_object & (torch.rand(each, generator=generator) < (0 if moving else 0.3)), pick([0] + [1] * 8, *each), 0),
+        "letter": torch.where(lettered & (torch.rand(each, generator=generator) < 0.3), pick([0, *[1] * 8], *each), 0),
         "motion": torch.zeros(each, dtype=torch.long),
         "pace": torch.zeros(each, dtype=torch.long),
     }  # fmt: skip

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import architectures
-from . import autoencoder, diffusion, export, report
+from . import autoencoder, card, diffusion, export, report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures, pictures = to / f"{options.name}-report.json", to / f"{options.name}-samples.jpg"
     count = ["--count", str(options.count), "--compared", str(min(32, options.count))]
     report.main([options.name, "--models", str(to), "--json", str(figures), "--sheet", str(pictures), *count])
-    print(f"finished: {to}")
+    card.main([options.name, "--models", str(to)])
+    print(f"finished: {to / options.name}.md")
     return 0
 
 

@@ -90,9 +90,8 @@ def _initialise(model: nn.Module) -> None:
     """Xavier matrices, small embedders, and blocks and a last layer that begin as nothing."""
     for name, parameter in model.named_parameters():
         parts = set(name.split("."))
-        if parts & {"bias", "adaLN_modulation", "t_block", "time_projection", "scale_shift_table", "modulation"}:
-            nn.init.zeros_(parameter)
-        elif name.endswith(("final_layer.linear.weight", "head.head.weight", "cross_attn.proj.weight", "cross_attn.o.weight")):
+        last = name.endswith(("final_layer.linear.weight", "head.head.weight", "cross_attn.proj.weight", "cross_attn.o.weight"))
+        if last or parts & {"bias", "adaLN_modulation", "t_block", "time_projection", "scale_shift_table", "modulation"}:
             nn.init.zeros_(parameter)
         elif parameter.ndim < 2:
             nn.init.ones_(parameter)
@@ -228,7 +227,7 @@ class Run:
         chosen = {id(p) for p in hidden}
         self.muon = Muon(hidden)
         self.adam = torch.optim.AdamW(
-            [p for p in self.parameters if id(p) not in chosen], betas=(0.9, 0.98), weight_decay=0.0, foreach=True
+            [p for p in self.parameters if id(p) not in chosen], betas=(0.9, 0.98), weight_decay=0.0, fused=True
         )
         self.ema = [p.detach().clone() for p in self.parameters]
         self.step = 0

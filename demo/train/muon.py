@@ -16,7 +16,7 @@ _ITERATIONS = 5
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """Push the singular values of ``[N, R, C]`` matrices towards 1 (Newton-Schulz, bfloat16)."""
+    """Push the singular values of ``[N, R, C]`` matrices towards 1 (Newton-Schulz, in and to bfloat16)."""
     a, b, c = _COEFFICIENTS
     x = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
@@ -25,7 +25,7 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+    return x.mT if tall else x
 
 
 class Muon:
@@ -78,6 +78,6 @@ def _shared(stack: torch.Tensor) -> torch.Tensor:
     workers, rank = distributed.get_world_size(), distributed.get_rank()
     each = -(-len(stack) // workers)
     padded = torch.cat([stack, stack[:1].expand(each * workers - len(stack), -1, -1)])
-    gathered = torch.empty_like(padded)
+    gathered = torch.empty_like(padded, dtype=torch.bfloat16)
     distributed.all_gather_into_tensor(gathered, orthogonalise(padded[rank * each : (rank + 1) * each]).contiguous())
     return gathered[: len(stack)]

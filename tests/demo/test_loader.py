@@ -12,7 +12,7 @@ EVERY = pytest.mark.parametrize("name", loader.MODELS)
 SEED = 4
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def loaded(name):
     return loader.load_demo(name)
 
@@ -93,7 +93,9 @@ def test_sampled_easy_captions_come_out_right(demo, name):
     assert sum(verdict.right for verdict in verdicts) >= 6, list(zip(texts, verdicts, strict=True))
 
 
-@pytest.mark.parametrize(("sampler", "scheduler"), [("ddim", "ddim_uniform"), ("dpmpp_2m", "karras"), ("euler_ancestral", "normal")])
+@pytest.mark.parametrize(
+    ("sampler", "scheduler"), [("ddim", "ddim_uniform"), ("dpmpp_2m", "karras"), ("euler_ancestral", "normal")]
+)
 def test_pixart_mini_works_with_other_samplers(sampler, scheduler):
     demo = loaded("pixart-mini")
     texts = loader.captions("pixart-mini", "validation", 4, SEED, "easy")

@@ -105,7 +105,7 @@ def test_render_puts_colours_at_their_places(size):
     scene = scenes.parse("a large red plain circle top left, a small blue plain square bottom right, on a grey flat background")
     picture = scenes.render(scene, size=size)[0]
     assert picture.shape == (3, size, size)
-    first, last, middle = (round(at * size / 64) for at in (15, 49, 32))
+    first, last, middle = (at + (size - 64) // 2 for at in (16, 48, 32))
     assert torch.allclose(picture[:, first, first], torch.tensor(scenes.COLOURS["red"]))
     assert torch.allclose(picture[:, last, last], torch.tensor(scenes.COLOURS["blue"]))
     assert torch.allclose(picture[:, middle, middle], torch.tensor(scenes.BACKGROUNDS["grey"][0]))
