@@ -63,7 +63,7 @@ class Recipe:
 
 
 RECIPES = {
-    "sd3-mini": Recipe(steps=3300),
+    "sd3-mini": Recipe(steps=4500),
     "pixart-mini": Recipe(spread=(0.4, 1.5)),
     "wan-mini": Recipe(batch=32, spread=(0.4, 1.0)),
 }
