@@ -2,25 +2,31 @@
 
 The objects of a scene differ in colour. For each of the eight colours, every pixel is weighed for being that colour in
 any of its shades (+1), for showing the background (-1), or something else that may lie in front (a little below 0). The
-shape, size and place whose mask gathers the most is what is there, if that is enough to be seen. The caption is read only
-afterwards. Texture, letters and sizes are not judged.
+shape, size and place whose mask gathers the most is what is there, if that is enough to be seen; then its pixels are
+taken away and the colour is looked for again. Of a clip every second frame is looked at. The caption is read only
+afterwards. Texture, letters, sizes, and the fill of the background are not judged.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import torch
 
-from . import scenes
+from . import renderer, scenes
+from .scenes import OPEN, Column
 
 _REACH = 16  # pixels: half the side of a mask
 _SCALES = (0.94, 1.0, 1.06)
 _CLEAR = 0.02  # difference of squared errors, mean over the channels, at which a pixel is sure
 _HIDDEN = 0.2  # cost of a pixel that shows another object
 _ENOUGH, _SHARE = 22.0, 0.15  # pixels, and share of a mask, that are gathered where an object is seen
+_AGAIN, _SHARE_AGAIN = 40.0, 0.5  # the same for a second object of one colour: remains of the first are not one
 _MOVED = 6.5  # pixels between where a moving object should be and where it is
+_MOST = scenes.MAX_OBJECTS + 2  # objects that are compared with the caption; more of them are wrong in any case
+_EVERY = 2  # frames of a clip that are looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,25 +74,23 @@ def judge(frames: torch.Tensor, caption: str) -> Verdict:
     """
     moving = frames.ndim == 4
     said = scenes.parse(caption, moving)
+    named = [codes for codes in said.objects[0] if codes[Column.SHAPE] != OPEN]
     first, background = look(frames[0] if moving else frames)
-    found, last = list(first), {}
-    if moving:
-        last = {one.colour: one for one in look(frames[-1], background)[0]}
-    verdicts: list[dict[str, bool] | None] = [None] * int(said.present.sum())
-    named_first = sorted(range(len(verdicts)), key=lambda k: bool(said.objects[0, k, 1] < 0))
-    for k in named_first:
-        codes = said.objects[0, k]
-        options = [_compare(codes, one, last.get(one.colour), len(frames) - 1 if moving else 0) for one in found]
-        if codes[1] >= 0:
-            options = [option if option["colour"] else {} for option in options]
-        best = max(range(len(options)), key=lambda i: sum(options[i].values()), default=None)
-        if best is None or not options[best]:
-            verdicts[k] = dict.fromkeys(("shape", "colour", "place", *(["motion"] if moving else [])), False)
-        else:
-            verdicts[k] = options[best]
-            del found[best]
-    named = int(said.background[0, 0])
-    return Verdict(tuple(v for v in verdicts if v is not None), named in (scenes.OPEN, background), not found)
+    times = range(_EVERY, len(frames), _EVERY) if moving else range(0)
+    later = {time: look(frames[time], background)[0] for time in times}
+    # Which object of the caption is which that was found: the assignment that makes most right.
+    found: list[Found | None] = [*first[:_MOST], *[None] * (len(named) - len(first))]
+    best = max(
+        itertools.permutations(found, len(named)),
+        key=lambda order: sum(_points(codes, one, later) for codes, one in zip(named, order, strict=True)),
+    )
+    verdicts = tuple(_compare(codes, one, later) for codes, one in zip(named, best, strict=True))
+    seen = {one.colour for one in best if one is not None}
+    strangers = any(one.colour not in seen for objects in later.values() for one in objects)
+    doubled = any(len({one.colour for one in objects}) < len(objects) for objects in later.values())
+    colour = int(said.background[0, 0])
+    nothing_else = len(first) <= len(named) and not strangers and not doubled
+    return Verdict(verdicts, colour in (OPEN, background), nothing_else)
 
 
 def look(picture: torch.Tensor, background: int | None = None) -> tuple[list[Found], int]:
@@ -94,7 +98,7 @@ def look(picture: torch.Tensor, background: int | None = None) -> tuple[list[Fou
     picture = picture.float().clamp(0, 1)
     margin = (picture.shape[-1] - scenes.SIZE) / 2
     colours = torch.tensor(list(scenes.COLOURS.values()))
-    object_errors = _to_segments(picture, colours * scenes.SHADE, colours)
+    object_errors = _to_segments(picture, colours * renderer.SHADE, colours)
     tones = torch.tensor(list(scenes.BACKGROUNDS.values()))
     background_errors = _to_segments(picture, tones[:, 0], tones[:, 1])
     if background is None:
@@ -108,28 +112,49 @@ def look(picture: torch.Tensor, background: int | None = None) -> tuple[list[Fou
     is_behind = ((torch.minimum(object_errors, others) - behind) / _CLEAR).clamp(0, 1)
     evidence = is_it - torch.where(is_it > 0, 0, is_behind.clamp(min=_HIDDEN))
     masks, shapes = _masks()
-    gathered = torch.nn.functional.conv2d(evidence[:, None], masks[:, None], padding=_REACH)
     objects = []
-    for colour, maps in enumerate(gathered):
-        value, index = maps.flatten().max(0)
-        mask, row, column = (int(i) for i in torch.unravel_index(index, maps.shape))
-        if value > max(_ENOUGH, _SHARE * masks[mask].sum()):
+    for colour, enough, share in [(c, _ENOUGH, _SHARE) for c in range(len(colours))] + [
+        (c, _AGAIN, _SHARE_AGAIN) for c in range(len(colours))
+    ]:
+        if evidence[colour].clamp(min=0).sum() < enough:
+            continue
+        gathered = torch.nn.functional.conv2d(evidence[None, None, colour], masks[:, None], padding=_REACH)[0]
+        value, index = gathered.flatten().max(0)
+        mask, row, column = (int(i) for i in torch.unravel_index(index, gathered.shape))
+        if value > max(enough, share * masks[mask].sum()):
             objects.append(Found(shapes[mask], colour, (row + 0.5 - margin, column + 0.5 - margin)))
+        away = (torch.arange(picture.shape[-1])[:, None] - row).abs().maximum((torch.arange(picture.shape[-1]) - column).abs())
+        evidence[colour] = torch.where(away <= _REACH, evidence[colour].clamp(max=0), evidence[colour])
     return objects, background
 
 
-def _compare(codes: torch.Tensor, found: Found, last: Found | None, frames: int) -> dict[str, bool]:
-    _, colour, _, shape, row, column, _, _, _ = codes.tolist()
+def _compare(codes: torch.Tensor, found: Found | None, later: dict[int, list[Found]]) -> dict[str, bool]:
+    """What of one object of the caption is right in what was found; ``later`` holds what further frames show."""
+    if found is None:
+        return dict.fromkeys(("shape", "colour", "place", *(["motion"] if later else [])), False)
+    place = zip(codes[[Column.ROW, Column.COLUMN]].tolist(), found.place, strict=True)
     judged = {
-        "shape": shape == found.shape,
-        "colour": colour in (scenes.OPEN, found.colour),
-        "place": row == scenes.OPEN or (row, column) == found.place,
+        "shape": codes[Column.SHAPE] == found.shape,
+        "colour": codes[Column.COLOUR] in (OPEN, found.colour),
+        "place": all(said in (OPEN, seen) for said, seen in place),
     }
-    if frames:
-        start, goal = scenes.place(codes[None].clamp(min=0), torch.tensor([0.0, frames]))[0]
-        moved = torch.tensor(last.centre) - torch.tensor(found.centre) if last else torch.tensor([torch.inf] * 2)
-        judged["motion"] = bool((moved - (goal - start)).norm() < _MOVED)
-    return judged
+    if later:
+        times = torch.tensor([0.0, *later])
+        path = renderer.place(codes[None].clamp(min=0), times)[0]
+        path = path - path[0] + torch.tensor(found.centre)
+        tracked = {time: one for time, objects in later.items() for one in objects if one.colour == found.colour}
+        far = [(torch.tensor(one.centre) - path[1 + list(later).index(time)]).norm() for time, one in tracked.items()]
+        same = sum(one.shape == found.shape for one in tracked.values())
+        # Others may hide it for a while, and cut its outline: most frames must show it, and where it is seen it is in place.
+        judged["motion"] = 2 * len(tracked) >= len(later) and max(far, default=torch.inf) < _MOVED
+        judged["shape"] &= 2 * same >= len(tracked)
+    return {name: bool(right) for name, right in judged.items()}
+
+
+def _points(codes: torch.Tensor, found: Found | None, later: dict[int, list[Found]]) -> float:
+    """How well a found object answers one of the caption; the colour counts most."""
+    judged = _compare(codes, found, later)
+    return sum(judged.values()) + 4 * judged["colour"]
 
 
 def _to_segments(picture: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
@@ -153,7 +178,7 @@ def _masks() -> tuple[torch.Tensor, list[int]]:
     masks, shapes = [], []
     for index, name in enumerate(scenes.SHAPES):
         for radius in radii:
-            away = scenes.distance(name, axis[None, None, :], axis[None, :, None], torch.tensor(radius))
+            away = renderer.distance(name, axis[None, None, :], axis[None, :, None], torch.tensor(radius))
             masks.append((0.5 - away[0]).clamp(0, 1))
             shapes.append(index)
     return torch.stack(masks), shapes

@@ -130,7 +130,7 @@ def captions(name: str, split: str, count: int, seed: int, difficulty: str | Non
         seed: Seed of the draw.
         difficulty: One of ``scenes.DIFFICULTIES``; None mixes them.
     """
-    return scenes.captions(count, seed, split, _architecture(name).moving, difficulty)
+    return scenes.captions(split, count, seed, _architecture(name).moving, difficulty)
 
 
 def _architecture(name: str) -> Architecture:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import autoencoder, scenes
+from .. import autoencoder, renderer, scenes
 
 BATCH = 32
 STEPS = (4000, 3000)  # of each phase
@@ -44,7 +44,7 @@ def psnr(model: autoencoder.Autoencoder, picture: torch.Tensor) -> float:
 
 def pictures(count: int, generator: torch.Generator, split: str = "train") -> torch.Tensor:
     """Random scenes ``[count, 3, 64, 64]`` in -1..1."""
-    return scenes.render(scenes.draw(count, generator, split).scenes, generator) * 2 - 1
+    return renderer.render(scenes.draw(count, generator, split).scenes, generator) * 2 - 1
 
 
 def train(out: pathlib.Path, phase: int, steps: int, seed: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from torch import distributed, nn
 
 from blockdance_core import families
 
-from .. import architectures, autoencoder, scenes, text
+from .. import architectures, autoencoder, renderer, scenes, text
 from .muon import Muon
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class Data:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 64 + shard)
         drawn = scenes.draw(count, generator, split, self.architecture.moving)
         frames = scenes.FRAMES if self.architecture.moving else 1
-        clips = scenes.render_clips(drawn.scenes, generator, frames, self.architecture.size).to(self.device) * 2 - 1
+        clips = renderer.render_clips(drawn.scenes, generator, frames, self.architecture.size).to(self.device) * 2 - 1
         latent = self.autoencoder.encode(clips.flatten(0, 1))
         x0 = self.architecture.pack(latent.unflatten(0, (count, frames))).contiguous()
         tokens = drawn.said.tokens()

@@ -14,13 +14,13 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from .. import architectures, autoencoder, loader, scenes
+from .. import architectures, autoencoder, loader, renderer, scenes
 
 
 def rgb_factors(architecture: architectures.Architecture, network: autoencoder.Autoencoder) -> tuple[Any, Any]:
     """Least-squares map from latents to small RGB pictures in -1..1, for the host's previews."""
     generator = torch.Generator().manual_seed(7)
-    picture = scenes.render(scenes.draw(256, generator).scenes, generator, architecture.size) * 2 - 1
+    picture = renderer.render(scenes.draw(256, generator).scenes, generator, architecture.size) * 2 - 1
     with torch.no_grad():
         latent = network.encode(picture)[:, None]
     packed = architecture.pack(latent)

@@ -23,7 +23,7 @@ import torch
 
 from blockdance_core import metrics
 
-from .. import detector, loader, scenes
+from .. import detector, loader, renderer, scenes
 from ..architectures import ARCHITECTURES
 
 TILE, TEXT = 144, 118  # pixels
@@ -103,7 +103,7 @@ def measure(demo: loader.DemoModel, split: str, count: int, compared: int, seed:
         drawn = scenes.draw(count, generator, split, architecture.moving, difficulty)
         captions = drawn.said.captions()
         frames = scenes.FRAMES if architecture.moving else 1
-        real = scenes.render_clips(drawn.scenes, generator, frames, architecture.size)
+        real = renderer.render_clips(drawn.scenes, generator, frames, architecture.size)
         pictures = sample(demo, captions, seed)
         fewer = sample(demo, captions[:compared], seed, steps=demo.sampling["steps"] // 2)
         result[difficulty] = {

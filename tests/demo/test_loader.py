@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from demo import architectures, detector, loader, scenes
+from demo import architectures, detector, loader, renderer, scenes
 from demo.train import report
 
 EVERY = pytest.mark.parametrize("name", loader.MODELS)
@@ -112,7 +112,7 @@ def test_vae_round_trip_through_the_hosts_nodes(demo, name):
     architecture = architectures.ARCHITECTURES[name]
     generator = torch.Generator().manual_seed(3)
     drawn = scenes.draw(1 if architecture.moving else 4, generator, moving=architecture.moving).scenes
-    frames = scenes.render_clips(drawn, generator, scenes.FRAMES if architecture.moving else 1, architecture.size)
+    frames = renderer.render_clips(drawn, generator, scenes.FRAMES if architecture.moving else 1, architecture.size)
     image = frames.flatten(0, 1).movedim(1, -1)
     (latent,) = VAEEncode().encode(demo.vae, image)
     assert latent["samples"].shape[1:] == architecture.latent_shape
