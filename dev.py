@@ -88,7 +88,8 @@ def train_demo(env: Environment, args: argparse.Namespace, rest: Sequence[str]) 
     """Train a demo model from nothing, or go on where an earlier call ended."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process for each core
     out = (args.out or environment.dev_folder() / "train").absolute()
-    return run_program(module(env, "demo.train", args.name, "--out", str(out), *rest), env)
+    trial = ["--steps", args.steps] if args.steps else []
+    return run_program(module(env, "demo.train", args.name, "--out", str(out), *trial, *rest), env)
 
 
 def host_path(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -163,8 +164,9 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there")
             one.add_argument("--out", type=Path, metavar="FOLDER", help="where the pictures go (default: .dev/out)")
         if function is train_demo:
-            one.add_argument("name", help="sd3-mini, pixart-mini or wan-mini")
+            one.add_argument("name", choices=("sd3-mini", "pixart-mini", "wan-mini"), help="%(choices)s")
             one.add_argument("--out", type=Path, metavar="FOLDER", help="where the runs are kept (default: .dev/train)")
+            one.add_argument("--steps", metavar="N", help="a trial of N steps, in a folder of its own")
     return top
 
 

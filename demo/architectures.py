@@ -43,6 +43,11 @@ class Architecture:
     moving: bool = False
     shuffle: int = 1
 
+    @property
+    def frames(self) -> int:
+        """Frames of what it makes: 1 for pictures."""
+        return scenes.FRAMES if self.moving else 1
+
     def network(self) -> Any:
         """The host's network class."""
         import importlib
@@ -63,7 +68,7 @@ class Architecture:
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of one latent: ``(C, H, W)``, for clips ``(C, F, H, W)``."""
         side = self.size // self.downscale
-        return (self.channels, *([scenes.FRAMES] if self.moving else []), side, side)
+        return (self.channels, *([self.frames] if self.moving else []), side, side)
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents of frames ``[B, F, 8, h, w]`` as the model takes them: ``[B, C, F, h, w]``, or ``[B, C, H, W]`` of one."""
@@ -115,7 +120,7 @@ ARCHITECTURES = {
             "depth": 28,
             "num_heads": 2,
             "caption_channels": text.WIDTH,
-            "model_max_length": 5,
+            "model_max_length": scenes.PHRASES,
             "pred_sigma": False,
             "micro_condition": False,
             "qk_norm": True,
@@ -133,7 +138,7 @@ ARCHITECTURES = {
         unet_config={
             "model_type": "t2v",
             "patch_size": [3, 2, 2],
-            "text_len": 5,
+            "text_len": scenes.PHRASES,
             "in_dim": _CHANNELS,
             "out_dim": _CHANNELS,
             "dim": 128,

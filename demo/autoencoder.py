@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import nn
 
@@ -56,6 +58,13 @@ class Autoencoder(nn.Module):
             nn.Conv2d(narrow, 12, 3, padding=1),
             nn.PixelShuffle(2),
         )
+
+    def fingerprint(self) -> str:
+        """Names the latent space: a hash of everything that encodes, in bfloat16 as the files have it. Decoders may differ."""
+        digest = hashlib.sha256()
+        for part in (*self.encoder.state_dict().values(), self.mean, self.std):
+            digest.update(part.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Pictures ``[B, 3, H, W]`` in -1..1 to latents ``[B, 8, H/4, W/4]``."""

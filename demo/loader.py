@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -91,8 +92,15 @@ def load_demo(name: str = "sd3-mini", folder: pathlib.Path | None = None) -> Dem
     folder = folder or FOLDER
     metadata, state = _read(folder / f"{name}.safetensors")
     first_metadata, first = _read(folder / f"{AUTOENCODER}.safetensors")
-    if metadata["vocabulary"] != list(scenes.VOCABULARY):
-        raise ValueError(f"{name} was trained on another vocabulary than demo/scenes.py has. Update the pack.")
+    for key, value in (
+        ("vocabulary", list(scenes.VOCABULARY)),
+        ("unet_config", architecture.unet_config),
+        ("sampling_settings", architecture.sampling_settings),
+        ("objective", architecture.objective),
+        ("encoder", first_metadata["encoder"]),
+    ):
+        if metadata[key] != value:
+            raise ValueError(f"{name} in {folder} was trained with another {key} than this pack has. Update the pack.")
     encoder = text.TextEncoder()
     encoder.load_state_dict(_part(state, TEXT_PREFIX))
     return DemoModel(
@@ -202,13 +210,19 @@ class Codec(torch.nn.Module):
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Pixels to latents as the model takes them."""
+        step = autoencoder.DOWNSCALE
+        x = x[..., : x.shape[-2] // step * step, : x.shape[-1] // step * step]
         frames = x.transpose(1, 2) if x.ndim == 5 else x[:, None]
         return self.architecture.pack(self.autoencoder.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]))
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents to pixels, which may leave -1..1 a little."""
+        height, width = (side * self.architecture.downscale for side in z.shape[-2:])
+        odd = [-side % self.architecture.shuffle for side in z.shape[-2:]]
+        z = torch.nn.functional.pad(z, (0, odd[1], 0, odd[0]), mode="replicate") if any(odd) else z
         latents = self.architecture.unpack(z)
         frames = self.autoencoder.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+        frames = frames[..., :height, :width]
         return frames.transpose(1, 2) if self.architecture.moving else frames[:, 0]
 
 
@@ -220,12 +234,13 @@ def _vae(architecture: Architecture, state: dict[str, torch.Tensor]) -> Any:
     network = Codec(architecture)
     network.autoencoder.load_state_dict(state)
     vae.first_stage_model = network.eval().requires_grad_(False)
-    vae.downscale_ratio = vae.upscale_ratio = architecture.downscale
+    ratio = architecture.downscale
+    vae.downscale_ratio = vae.upscale_ratio = (lambda frames: frames, ratio, ratio) if architecture.moving else ratio
+    vae.downscale_index_formula = vae.upscale_index_formula = (1, ratio, ratio) if architecture.moving else None
     vae.latent_channels = architecture.channels
     vae.latent_dim = 3 if architecture.moving else 2
-    pixels = (scenes.FRAMES if architecture.moving else 1) * 500
-    vae.memory_used_encode = lambda shape, dtype: pixels * shape[-2] * shape[-1] * dtype.itemsize
-    vae.memory_used_decode = lambda shape, dtype: pixels * architecture.downscale**2 * shape[-2] * shape[-1] * dtype.itemsize
+    vae.memory_used_encode = lambda shape, dtype: 500 * math.prod(shape[2:]) * dtype.itemsize
+    vae.memory_used_decode = lambda shape, dtype: 500 * ratio**2 * math.prod(shape[2:]) * dtype.itemsize
     vae.patcher = model_patcher.ModelPatcher(vae.first_stage_model, vae.device, vae.patcher.offload_device)
     vae.size = None
     return vae

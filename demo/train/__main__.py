@@ -23,25 +23,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name", choices=architectures.ARCHITECTURES)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the runs")
     parser.add_argument("--to", type=pathlib.Path, help="where the finished files go (default: models in --out)")
-    parser.add_argument("--steps", type=int, help="in place of the recipe's, for a trial")
+    parser.add_argument("--steps", type=int, help="a trial of so many steps, in a folder of its own")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=100, help="test captions of each difficulty that are judged")
+    parser.add_argument("--count", type=int, default=200, help="test captions of each difficulty that are judged")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the blocks")
     options = parser.parse_args(arguments)
-    first, run, to = options.out / "autoencoder", options.out / options.name, options.to or options.out / "models"
+    trial = f"-{options.steps}-steps" if options.steps else ""
+    first, run = options.out / "autoencoder", options.out / f"{options.name}{trial}"
+    to = options.to or options.out / f"models{trial}"
     for phase in (1, 2):
         if phase > _phases(first):
-            print(f"autoencoder, phase {phase} of 2", flush=True)
+            print(f"autoencoder, phase {phase} of 2, in {first}", flush=True)
             autoencoder.main(["--out", str(first), "--phase", str(phase), "--seed", str(options.seed)])
     print(f"{options.name}, in {run}", flush=True)
-    trial = ["--steps", str(options.steps)] if options.steps else []
-    diffusion.main([options.name, "--out", str(run), "--autoencoder", str(first), "--seed", str(options.seed), *trial])
+    more = ["--steps", str(options.steps)] if options.steps else []
+    more += ["--compile" if options.compile else "--no-compile", "--seed", str(options.seed)]
+    diffusion.main([options.name, "--out", str(run), "--autoencoder", str(first), *more])
     if (run / "stop").exists():
         print(f"stopped; remove {run / 'stop'} and run this again to go on")
         return 1
     export.main([options.name, "--run", str(run), "--autoencoder", str(first), "--to", str(to)])
     figures, pictures = to / f"{options.name}-report.json", to / f"{options.name}-samples.jpg"
-    count = ["--count", str(options.count), "--compared", str(min(32, options.count))]
-    report.main([options.name, "--models", str(to), "--json", str(figures), "--sheet", str(pictures), *count])
+    compared = ["--count", str(options.count), "--compared", str(min(64, options.count))]
+    report.main([
+        options.name, "--models", str(to), "--split", "test", "--json", str(figures), "--sheet", str(pictures), *compared
+    ])  # fmt: skip
     card.main([options.name, "--models", str(to)])
     print(f"finished: {to / options.name}.md")
     return 0

@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import pathlib
+import platform
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -50,12 +52,14 @@ def pictures(count: int, generator: torch.Generator, split: str = "train") -> to
 def train(out: pathlib.Path, phase: int, steps: int, seed: int) -> dict[str, Any]:
     """Run one phase, the second on what the first left in ``out``; write ``autoencoder.pt`` and ``autoencoder.json``."""
     torch.manual_seed(seed)
-    model = autoencoder.Autoencoder().to(memory_format=torch.channels_last)
-    norm = nn.BatchNorm2d(autoencoder.LATENT_CHANNELS, affine=False, momentum=0.02)
-    record: dict[str, Any] = {"seed": seed, "batch": BATCH, "phases": []}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = autoencoder.Autoencoder().to(device, memory_format=torch.channels_last)
+    norm = nn.BatchNorm2d(autoencoder.LATENT_CHANNELS, affine=False, momentum=0.02).to(device)
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    record: dict[str, Any] = {"seed": seed, "batch": BATCH, "hardware": hardware, "torch": str(torch.__version__), "phases": []}
     if phase == 2:
         record = json.loads((out / "autoencoder.json").read_text(encoding="utf-8"))
-        model.load_state_dict(torch.load(out / "autoencoder.pt", weights_only=True))
+        model.load_state_dict(torch.load(out / "autoencoder.pt", map_location=device, weights_only=True))
         model.encoder.requires_grad_(False)
         norm.running_mean.copy_(model.mean)
         norm.running_var.copy_(model.std.square())
@@ -65,14 +69,14 @@ def train(out: pathlib.Path, phase: int, steps: int, seed: int) -> dict[str, Any
     optimiser = torch.optim.AdamW(learning, lr=rate, betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, steps, pct_start=0.03)
     generator = torch.Generator().manual_seed(seed + phase)
-    check = pictures(128, torch.Generator().manual_seed(seed + 7), "validation")
+    check = pictures(128, torch.Generator().manual_seed(seed + 7), "validation").to(device)
     start, history = time.monotonic(), []
     for step in range(1, steps + 1):
-        picture = pictures(BATCH, generator).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        picture = pictures(BATCH, generator).to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
             latent = norm(model.encoder(picture).float())
             level = noise * torch.randn(BATCH, 1, 1, 1, generator=generator).abs()
-            noisy = latent + level * torch.randn(latent.shape, generator=generator)
+            noisy = latent + (level * torch.randn(latent.shape, generator=generator)).to(device)
             raw = noisy * (norm.running_var + norm.eps).sqrt()[:, None, None] + norm.running_mean[:, None, None]
             decoded = model.decoder(raw)
         loss = _loss(decoded.float(), picture)
@@ -86,13 +90,14 @@ def train(out: pathlib.Path, phase: int, steps: int, seed: int) -> dict[str, Any
             print(history[-1], f"{step * BATCH / (time.monotonic() - start):.0f} pictures/s", flush=True)
     if phase == 1:
         with torch.no_grad():
-            latent = model.encoder(pictures(2048, generator))
+            latent = model.encoder(pictures(2048, generator).to(device))
             model.mean.copy_(latent.mean((0, 2, 3)))
             model.std.copy_(latent.std((0, 2, 3)))
     seconds = round(time.monotonic() - start)
     record["psnr"] = psnr(model, check)
     record["phases"].append({"phase": phase, "steps": steps, "seconds": seconds, "history": history})
-    torch.save(model.state_dict(), out / "autoencoder.pt")
+    torch.save(model.state_dict(), out / "autoencoder.tmp")
+    os.replace(out / "autoencoder.tmp", out / "autoencoder.pt")
     (out / "autoencoder.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     return record
 
@@ -104,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--phase", type=int, choices=(1, 2), help="only this one")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    torch.set_num_threads(os.cpu_count() or 1)
     options.out.mkdir(parents=True, exist_ok=True)
     for phase in (options.phase,) if options.phase else (1, 2):
         record = train(options.out, phase, STEPS[phase - 1], options.seed)

@@ -60,7 +60,8 @@ def card(name: str, folder: pathlib.Path) -> str:
         "## Data",
         "",
         "`demo/scenes.py` draws without end; [demo/README.md](../README.md) has the grammar, the kinds of captions and the "
-        f"splits. 35 % of the samples are easy. {thing.capitalize()}s have {architecture.size} x {architecture.size} pixels"
+        f"splits. {training['easy_captions']:.0%} of the samples are easy. {thing.capitalize()}s have {architecture.size} x "
+        f"{architecture.size} pixels"
         + (f" and {scenes.FRAMES} frames." if architecture.moving else "."),
         "",
         "## Training",
@@ -71,13 +72,13 @@ def card(name: str, folder: pathlib.Path) -> str:
         + ", ".join(f"{phase['steps']:,} x {first['training']['batch']}" for phase in phases) + " |",
         f"| Time | {training['seconds'] / 60:.0f} minutes | "
         + " + ".join(f"{phase['seconds'] / 60:.0f}" for phase in phases) + " minutes |",
-        f"| Hardware | {training['hardware']}, torch {training['torch']} | the same |",
-        f"| Schedule | 100 steps warmup, flat, the last {training['decay']:.0%} linear to 0 | one cycle each |",
+        f"| Hardware | {training['hardware']}, torch {training['torch']} | {first['training']['hardware']} |",
+        f"| Schedule | {training['warmup']} steps up, flat, the last {training['decay']:.0%} linear to 0 | one cycle each |",
         f"| Seed | {training['seed']} | {first['training']['seed']} |",
         "",
-        "Muon (0.02) for the matrices of the blocks, AdamW (2e-3) for the rest; log(s / (1 - s)) of the share of noise s "
-        f"normal with mean {training['spread'][0]} and deviation {training['spread'][1]}; 10 % empty captions; gradient norm "
-        "at most 1; averaged weights (0.998); weights and activations in bfloat16, masters in float32.",
+        f"{training['optimiser']}; log(s / (1 - s)) of the share of noise s normal with mean {training['spread'][0]} and "
+        f"deviation {training['spread'][1]}; {training['dropped_captions']:.0%} empty captions; gradient norm at most 1; "
+        f"averaged weights ({training['average']}); weights and activations in bfloat16, masters in float32.",
         "",
         f"Loss on validation captions at the end: {training['final_validation_loss']:.4f}, the squared error of noise - x0.",
         "",
@@ -87,7 +88,8 @@ def card(name: str, folder: pathlib.Path) -> str:
         "",
         f"{figures['captions']} unseen {figures['split']} captions of each kind, one {thing} each, {how}. Right means: shape, "
         f"colour{', place and motion' if architecture.moving else ' and place'} of every object, the background's colour, "
-        "and nothing that was not asked for. The last column is the detector on real renders of the same captions.",
+        "and nothing that was not asked for. Textures, letters, sizes and the fill of the background are not judged. The last "
+        "column is the detector on real renders of the same captions.",
         "",
         "| Captions | Right | " + " | ".join(figures["hard"]["attributes_right"]) + " | Real renders |",
         "|---|---|" + "---|" * len(figures["hard"]["attributes_right"]) + "---|",

@@ -11,15 +11,14 @@ On CPU use one worker per core: workers meet once a step, threads at every opera
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import functools
-import json
 import logging
 import os
 import pathlib
 import platform
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -117,7 +116,7 @@ class Data:
         """x0 ``[B, C, (F,) H, W]``, word ids ``[B, P, A]``, noise like x0, share of noise ``[B]`` in 0..1."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 64 + shard)
         drawn = scenes.draw(count, generator, split, self.architecture.moving)
-        frames = scenes.FRAMES if self.architecture.moving else 1
+        frames = self.architecture.frames
         clips = renderer.render_clips(drawn.scenes, generator, frames, self.architecture.size).to(self.device) * 2 - 1
         latent = self.autoencoder.encode(clips.flatten(0, 1))
         x0 = self.architecture.pack(latent.unflatten(0, (count, frames))).contiguous()
@@ -148,6 +147,7 @@ def flow_loss(trainee: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tens
 def epsilon_loss(trainee: nn.Module, batch: tuple[torch.Tensor, ...], sigmas: torch.Tensor) -> torch.Tensor:
     """The same error, of the velocity that a predicted noise implies; shares go to the nearest of the host's sigmas."""
     x0, tokens, noise, share = batch
+    sigmas = sigmas.to(share.device)
     index = (sigmas.log() - (share / (1 - share)).log()[:, None]).abs().argmin(1)
     sigma = sigmas[index].view(-1, *[1] * (x0.ndim - 1))
     predicted = trainee(((x0 + sigma * noise) / (1 + sigma.square()).sqrt()).bfloat16(), index.float(), tokens)
@@ -219,6 +219,17 @@ class Run:
         self.trainee = Trainee(architecture).to(self.device)
         self.data = Data(architecture, options.autoencoder, self.recipe, options.seed)
         self.loss = objective_of(architecture)
+        self.record = {
+            "name": options.name,
+            **dataclasses.asdict(self.recipe),
+            "seed": options.seed,
+            "optimiser": f"Muon ({MUON_RATE}) for the matrices of the blocks, AdamW ({ADAM_RATE}) for the rest",
+            "warmup": WARMUP,
+            "dropped_captions": DROP,
+            "average": EMA,
+            "easy_captions": scenes.EASY,
+            "encoder": self.data.autoencoder.fingerprint(),
+        }
         exact = [name for name, module in self.trainee.named_modules() if name.endswith("patch_embedding")]  # as the host wants
         self.masters = Masters(self.trainee, exact)
         self.parameters = self.masters.parameters
@@ -238,7 +249,12 @@ class Run:
             self._load(path)
 
     def _load(self, path: pathlib.Path) -> None:
-        state = torch.load(path, map_location=self.device, weights_only=False)
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        before = state["record"]
+        different = [f"{key} {before.get(key)} then, {now} now" for key, now in self.record.items() if before.get(key) != now]
+        if different:
+            listed = "; ".join(different)
+            raise SystemExit(f"{path} is of another run: {listed}. Use another folder, or remove this one.")
         torch._foreach_copy_([p.detach() for p in self.parameters], state["parameters"])
         self.masters.publish()
         self.muon.load_state_dict(state["muon"])
@@ -248,9 +264,15 @@ class Run:
         logger.info("resumed at step %d", self.step)
 
     def save(self) -> None:
-        """Write checkpoint and log; the checkpoint is replaced in one move."""
+        """Replace the checkpoint in one move."""
         out = self.options.out
+        machine = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{platform.machine()} CPU"
         state = {
+            "record": self.record,
+            "hardware": f"{machine}, {self.options.workers} process(es) of {self.options.threads} thread(s)",
+            "torch": str(torch.__version__),
+            "names": self.masters.names,
+            "buffers": dict(self.trainee.named_buffers()),
             "parameters": [p.detach() for p in self.parameters],
             "muon": self.muon.state_dict(),
             "adam": self.adam.state_dict(),
@@ -258,22 +280,13 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
             "log": self.log,
-            "seed": self.options.seed,
         }
         torch.save(state, out / "checkpoint.tmp")
         os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
-        torch.save(dict(zip(self.masters.names, self.ema, strict=True)), out / "ema.pt")
-        hardware = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{platform.machine()} CPU, {SHARDS} cores"
-        record = {**dataclasses.asdict(self.recipe), "seed": self.options.seed, "hardware": hardware}
-        (out / "recipe.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        with open(out / "log.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["step", "samples", "seconds", "rate", "loss", "validation", "gradient"])
-            writer.writeheader()
-            writer.writerows(self.log)
 
     def train(self, workers: int) -> None:
         """Train to the last step, saving now and then, or until a file named ``stop`` appears in the folder."""
-        if self.options.compile:
+        if self.options.compile and _compiler_works():
             for block in families.find(self.trainee.model).blocks:
                 block.module.compile(dynamic=False)
         shards = range(self.rank, SHARDS, workers)
@@ -341,6 +354,21 @@ class Run:
         return self.log[-2]["seconds"] if len(self.log) > 1 else 0.0
 
 
+def _compiler_works() -> bool:
+    try:
+        return bool(torch.compile(torch.add)(torch.ones(2), 1).sum() == 4)
+    except Exception as error:  # noqa: BLE001, whatever a machine without a compiler answers
+        logger.warning("not compiled, hence slower: %s", error)
+        return False
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _worker(rank: int, options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s")
     sys.path.append(str(pathlib.Path(__file__).parents[2] / "tests"))
@@ -371,18 +399,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=100, help="steps between log rows and checkpoints")
     parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else SHARDS, choices=(1, SHARDS))
-    parser.add_argument("--port", type=int, default=29511, help="where the workers meet")
     parser.add_argument("--threads", type=int, default=1, help="per worker")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile each block")
     options = parser.parse_args(arguments)
-    options.recipe = RECIPES[options.name]
+    options.recipe, options.port = RECIPES[options.name], free_port()
     if options.steps:
         options.recipe = dataclasses.replace(options.recipe, steps=options.steps)
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.workers == 1:
-        _worker(0, options)
-    else:
-        torch.multiprocessing.spawn(_worker, (options,), nprocs=options.workers)
+    torch.multiprocessing.spawn(_worker, (options,), nprocs=options.workers)  # also one: the host is left as it is here
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ loss curve.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -32,17 +32,6 @@ def rgb_factors(architecture: architectures.Architecture, network: autoencoder.A
     return solution[:-1].tolist(), solution[-1].tolist()
 
 
-def export_autoencoder(run: pathlib.Path, folder: pathlib.Path) -> autoencoder.Autoencoder:
-    """Write ``autoencoder.safetensors`` from what ``demo.train.autoencoder`` left in ``run``; returns the network."""
-    network = autoencoder.Autoencoder()
-    network.load_state_dict(torch.load(run / "autoencoder.pt", weights_only=True))
-    record = json.loads((run / "autoencoder.json").read_text(encoding="utf-8"))
-    phases = [{key: phase[key] for key in ("phase", "steps", "seconds")} for phase in record["phases"]]
-    training = {**{key: record[key] for key in ("psnr", "batch", "seed")}, "phases": phases}
-    _write(folder / f"{loader.AUTOENCODER}.safetensors", network.state_dict(), {"training": training})
-    return network
-
-
 def export(name: str, run: pathlib.Path, first: pathlib.Path, folder: pathlib.Path = loader.FOLDER) -> None:
     """Write a model, the autoencoder and the loss curve.
 
@@ -52,17 +41,21 @@ def export(name: str, run: pathlib.Path, first: pathlib.Path, folder: pathlib.Pa
         first: What ``demo.train.autoencoder`` wrote.
         folder: Where the files go.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     architecture = architectures.ARCHITECTURES[name]
-    factors, bias = rgb_factors(architecture, export_autoencoder(first, folder))
-    state = {}
-    for key, value in torch.load(run / "ema.pt", weights_only=True).items():
+    checkpoint = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+    network = autoencoder.Autoencoder()
+    network.load_state_dict(torch.load(first / "autoencoder.pt", map_location="cpu", weights_only=True))
+    record, log = checkpoint["record"], checkpoint["log"]
+    if record["encoder"] != network.fingerprint():
+        raise SystemExit(f"{run} was trained on another autoencoder than the one in {first}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_autoencoder(network, json.loads((first / "autoencoder.json").read_text(encoding="utf-8")), folder)
+    factors, bias = rgb_factors(architecture, network)
+    parameters = dict(zip(checkpoint["names"], checkpoint["ema"], strict=True)) | checkpoint["buffers"]
+    state, prefixes = {}, {"model": loader.MODEL_PREFIX, "text": loader.TEXT_PREFIX}
+    for key, value in parameters.items():
         part, rest = key.split(".", 1)
-        state[{"model": loader.MODEL_PREFIX, "text": loader.TEXT_PREFIX}[part] + rest] = value
-    with open(run / "log.csv", encoding="utf-8") as file:
-        log = list(csv.DictReader(file))
-    last = log[-1]
-    record = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+        state[prefixes[part] + rest] = value
     metadata = {
         "name": name,
         "class": f"{architecture.module}.{architecture.cls}",
@@ -70,19 +63,34 @@ def export(name: str, run: pathlib.Path, first: pathlib.Path, folder: pathlib.Pa
         "sampling_settings": architecture.sampling_settings,
         "objective": architecture.objective,
         "vocabulary": list(scenes.VOCABULARY),
+        "encoder": record["encoder"],
         "rgb_factors": factors,
         "rgb_bias": bias,
         "parameters": sum(v.numel() for v in state.values()),
         "training": {
-            **record,
-            "samples": int(last["samples"]),
-            "seconds": float(last["seconds"]),
-            "final_validation_loss": float(last["validation"]),
-            "torch": torch.__version__,
+            **{key: value for key, value in record.items() if key not in ("name", "encoder")},
+            "samples": log[-1]["samples"],
+            "seconds": log[-1]["seconds"],
+            "final_validation_loss": log[-1]["validation"],
+            "hardware": checkpoint["hardware"],
+            "torch": checkpoint["torch"],
         },
     }
     _write(folder / f"{name}.safetensors", state, metadata)
     _plot(log, folder / f"{name}-loss.png")
+
+
+def _write_autoencoder(network: autoencoder.Autoencoder, record: dict[str, Any], folder: pathlib.Path) -> None:
+    """Write ``autoencoder.safetensors``, unless that would take from other models the one that they were trained on."""
+    for path in folder.glob("*.safetensors"):
+        with safetensors.safe_open(path, framework="pt") as file:
+            encoder = json.loads((file.metadata() or {}).get("encoder", "null"))
+        if path.stem != loader.AUTOENCODER and encoder not in (None, network.fingerprint()):
+            raise SystemExit(f"{path} needs another autoencoder. Move it away, or export to another folder.")
+    training = {key: value for key, value in record.items() if key != "phases"}
+    training["phases"] = [{key: phase[key] for key in ("phase", "steps", "seconds")} for phase in record["phases"]]
+    metadata = {"encoder": network.fingerprint(), "training": training}
+    _write(folder / f"{loader.AUTOENCODER}.safetensors", network.state_dict(), metadata)
 
 
 def _write(path: pathlib.Path, state: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
@@ -91,16 +99,16 @@ def _write(path: pathlib.Path, state: dict[str, torch.Tensor], metadata: dict[st
     safetensors.torch.save_file(state, path, {key: json.dumps(value) for key, value in metadata.items()})
 
 
-def _plot(log: list[dict[str, str]], path: pathlib.Path) -> None:
+def _plot(log: list[dict[str, float]], path: pathlib.Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    samples = [float(row["samples"]) / 1000 for row in log]
+    samples = [row["samples"] / 1000 for row in log]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(samples, [float(row["loss"]) for row in log], label="training (mean since the last point)")
-    axes.plot(samples, [float(row["validation"]) for row in log], label="validation captions, averaged weights")
+    axes.plot(samples, [row["loss"] for row in log], label="training (mean since the last point)")
+    axes.plot(samples, [row["validation"] for row in log], label="validation captions, averaged weights")
     axes.set(
         xlabel="thousand samples",
         ylabel="velocity error, mean square",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import json
 import math
 import pathlib
@@ -86,8 +87,17 @@ def fidelity(pictures: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
     return {"ssim": round(ssim.mean().item(), 4), "ssim_interval": round(half, 4), "psnr": round(psnr.mean().item(), 2)}
 
 
-def measure(demo: loader.DemoModel, split: str, count: int, compared: int, seed: int) -> dict[str, Any]:
-    """All figures of a model, for both difficulties.
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Captions, what a model made of them, and the detector's verdicts."""
+
+    captions: list[str]
+    pictures: torch.Tensor
+    verdicts: list[detector.Verdict]
+
+
+def measure(demo: loader.DemoModel, split: str, count: int, compared: int, seed: int) -> tuple[dict[str, Any], list[Judged]]:
+    """All figures of a model, for both difficulties, and what they are of.
 
     Args:
         demo: The model.
@@ -97,43 +107,40 @@ def measure(demo: loader.DemoModel, split: str, count: int, compared: int, seed:
         seed: Seed of captions and noise.
     """
     architecture = ARCHITECTURES[demo.name]
-    result: dict[str, Any] = {"model": demo.name, "split": split, "captions": count, "seed": seed, **demo.sampling}
+    figures: dict[str, Any] = {"model": demo.name, "split": split, "captions": count, "seed": seed, **demo.sampling}
+    judged = []
     for difficulty in scenes.DIFFICULTIES:
         generator = torch.Generator().manual_seed(seed)
         drawn = scenes.draw(count, generator, split, architecture.moving, difficulty)
         captions = drawn.said.captions()
-        frames = scenes.FRAMES if architecture.moving else 1
-        real = renderer.render_clips(drawn.scenes, generator, frames, architecture.size)
+        real = renderer.render_clips(drawn.scenes, generator, architecture.frames, architecture.size)
         pictures = sample(demo, captions, seed)
         fewer = sample(demo, captions[:compared], seed, steps=demo.sampling["steps"] // 2)
-        result[difficulty] = {
-            **tally(judge(pictures, captions)),
+        judged.append(Judged(captions, pictures, judge(pictures, captions)))
+        figures[difficulty] = {
+            **tally(judged[-1].verdicts),
             "real_renders_right": _share([v.right for v in judge(real if architecture.moving else real[:, 0], captions)]),
             "half_the_steps": {"captions": compared, **fidelity(fewer, pictures[:compared])},
         }
-    return result
+    return figures, judged
 
 
-def sheet(demo: loader.DemoModel, split: str, seed: int) -> Any:
-    """The first captions of each difficulty with their pictures, for clips three frames of each, as a PIL image."""
+def sheet(judged: Sequence[Judged]) -> Any:
+    """The first captions of each difficulty with what was made of them, of clips three frames, as a PIL image."""
     from PIL import Image, ImageDraw, ImageFont
 
-    captions = [c for d in scenes.DIFFICULTIES for c in loader.captions(demo.name, split, SHEET, seed, d)]
-    pictures = sample(demo, captions[:SHEET], seed), sample(demo, captions[SHEET:], seed)
-    pictures = torch.cat(pictures)
-    verdicts = judge(pictures, captions)
-    moving = ARCHITECTURES[demo.name].moving
+    moving = judged[0].pictures.ndim == 5
     columns, wide = (4, 3 * TILE) if moving else (8, TILE)
     tall = TILE + (60 if moving else TEXT)
-    rows = -(-len(captions) // columns)
-    canvas = Image.new("RGB", (columns * (wide + 12) + 12, rows * tall + 12), "white")
+    shown = [item for one in judged for item in list(zip(one.captions, one.pictures, one.verdicts, strict=True))[:SHEET]]
+    canvas = Image.new("RGB", (columns * (wide + 12) + 12, -(-len(shown) // columns) * tall + 12), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
-    for index, (picture, caption, verdict) in enumerate(zip(pictures, captions, verdicts, strict=True)):
+    for index, (caption, picture, verdict) in enumerate(shown):
         x, y = 12 + index % columns * (wide + 12), 12 + index // columns * tall
-        shown = picture[:: (len(picture) - 1) // 2] if moving else picture[None]
+        frames = picture[:: (len(picture) - 1) // 2] if moving else picture[None]
         if not verdict.right:
             pen.rectangle((x - 4, y - 4, x + wide + 3, y + TILE + 3), fill=(214, 40, 40))
-        for k, frame in enumerate(shown):
+        for k, frame in enumerate(frames):
             pixels = (frame.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
             canvas.paste(Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC), (x + k * TILE, y))
         pen.text((x, y + TILE + 5), textwrap.fill(caption, wide // 6), fill="black", font=font, spacing=1)
@@ -149,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", choices=loader.MODELS)
     parser.add_argument("--models", type=pathlib.Path, help="folder of the models")
-    parser.add_argument("--split", default="test", choices=scenes.SPLITS)
+    parser.add_argument("--split", default="validation", choices=scenes.SPLITS)
     parser.add_argument("--count", type=int, default=100, help="captions of each difficulty")
     parser.add_argument("--compared", type=int, default=32, help="of these, sampled with half the steps too")
     parser.add_argument("--seed", type=int, default=11)
@@ -161,12 +168,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     launcher.enter(*(() if torch.cuda.is_available() else ("--cpu",)))
     demo = loader.load_demo(options.name, options.models)
-    result = measure(demo, options.split, options.count, options.compared, options.seed)
-    print(json.dumps(result, indent=1))
+    figures, judged = measure(demo, options.split, options.count, options.compared, options.seed)
+    print(json.dumps(figures, indent=1))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if options.sheet:
-        sheet(demo, options.split, options.seed).save(options.sheet, quality=88)
+        sheet(judged).save(options.sheet, quality=88)
 
 
 if __name__ == "__main__":

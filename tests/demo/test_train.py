@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from demo import architectures, autoencoder, loader
-from demo.train import diffusion, export, muon, report
+from demo.train import card, diffusion, export, muon, report
 
 EVERY = pytest.mark.parametrize("name", loader.MODELS)
 
@@ -82,14 +82,14 @@ def run(tmp_path, monkeypatch):
         config = {k: min(v, small[k]) if k in small else v for k, v in architecture.unet_config.items()}
         monkeypatch.setitem(architectures.ARCHITECTURES, name, dataclasses.replace(architecture, unet_config=config))
     torch.save(autoencoder.Autoencoder().state_dict(), tmp_path / "autoencoder.pt")
-    record = {"psnr": 30.0, "batch": 32, "seed": 0, "phases": []}
+    record = {"psnr": 30.0, "batch": 32, "seed": 0, "hardware": "none", "phases": []}
     (tmp_path / "autoencoder.json").write_text(json.dumps(record), encoding="utf-8")
 
-    def start(folder, every, name="sd3-mini"):
+    def start(folder, every, name="sd3-mini", seed=0):
         out = tmp_path / folder
         out.mkdir(exist_ok=True)
         options = argparse.Namespace(
-            name=name, out=out, autoencoder=tmp_path, seed=0, every=every, workers=1, threads=1, compile=False,
+            name=name, out=out, autoencoder=tmp_path, seed=seed, every=every, workers=1, threads=1, compile=False,
             recipe=diffusion.Recipe(batch=4, steps=6),
         )  # fmt: skip
         state = diffusion.Run(options, 0)
@@ -99,35 +99,81 @@ def run(tmp_path, monkeypatch):
     return start
 
 
-@EVERY
-def test_run_interrupted_continues_exactly(run, tmp_path, name):
+@pytest.fixture
+def training(monkeypatch):
+    """The host in training, as the workers have it."""
     from comfy import model_management
 
-    model_management.in_training, before = True, model_management.in_training
-    try:
-        whole = run("whole", 6, name)
-        stop = tmp_path / "parts" / "stop"
-        stop.parent.mkdir()
-        stop.touch()
-        assert run("parts", 100, name).step == 1
-        stop.unlink()
-        parts = run("parts", 100, name)
-    finally:
-        model_management.in_training = before
+    monkeypatch.setattr(model_management, "in_training", True)
+
+
+@EVERY
+def test_run_interrupted_continues_exactly(run, tmp_path, name, training):
+    whole = run("whole", 6, name)
+    stop = tmp_path / "parts" / "stop"
+    stop.parent.mkdir()
+    stop.touch()
+    assert run("parts", 100, name).step == 1
+    stop.unlink()
+    parts = run("parts", 100, name)
     assert parts.step == whole.step == 6
     for ours, theirs in ((parts.parameters, whole.parameters), (parts.ema, whole.ema)):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
         assert not any(a.requires_grad for a in parts.ema)
 
 
-def test_export_of_a_run_loads_and_draws_in_the_host(run, tmp_path):
+def test_run_of_another_seed_is_not_continued(run):
+    run("run", 6)
+    with pytest.raises(SystemExit, match="seed 0 then, 1 now"):
+        run("run", 6, seed=1)
+
+
+def test_epsilon_loss_takes_the_noise_levels_to_the_device_of_the_batch():
+    sigmas = diffusion.objective_of(architectures.ARCHITECTURES["pixart-mini"]).keywords["sigmas"]
+    batch = (torch.zeros(2, 2, 4, 4, device="meta"), None, *torch.zeros(2, 2, 2, 4, 4, device="meta")[:1])
+    x0, noise, share = batch[0], torch.zeros(2, 2, 4, 4, device="meta"), torch.zeros(2, device="meta")
+    loss = diffusion.epsilon_loss(lambda x, timestep, tokens: x, (x0, None, noise, share), sigmas)
+    assert loss.device.type == "meta"
+
+
+@EVERY
+def test_export_of_a_run_loads_and_draws_in_the_host_and_has_a_card(run, tmp_path, name, training):
+    run("run", 6, name)
+    to = tmp_path / "models"
+    arguments = [name, "--run", str(tmp_path / "run"), "--autoencoder", str(tmp_path), "--to", str(to)]
+    export.main(arguments)
+    demo = loader.load_demo(name, to)
+    assert demo.metadata["training"]["samples"] == 24
+    assert (to / f"{name}-loss.png").is_file()
+    figures, judged = report.measure(demo, "validation", 2, 2, 0)
+    assert 0 <= figures["hard"]["right"] <= 1
+    assert figures["easy"]["half_the_steps"]["captions"] == 2
+    assert report.sheet(judged).size[0] > 500
+    (to / f"{name}-report.json").write_text(json.dumps(figures), encoding="utf-8")
+    card.main([name, "--models", str(to)])
+    assert f"{figures['hard']['right']:.1%}" in (to / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_export_of_another_autoencoder_takes_none_away_from_other_models(run, tmp_path):
     run("run", 6)
     to = tmp_path / "models"
     export.main(["sd3-mini", "--run", str(tmp_path / "run"), "--autoencoder", str(tmp_path), "--to", str(to)])
-    demo = loader.load_demo("sd3-mini", to)
-    assert demo.metadata["training"]["samples"] == 24
-    assert (to / "sd3-mini-loss.png").is_file()
-    result = report.measure(demo, "validation", 2, 2, 0)
-    assert 0 <= result["hard"]["right"] <= 1
-    assert result["easy"]["half_the_steps"]["captions"] == 2
-    assert report.sheet(demo, "validation", 0).size[0] > 500
+    other = tmp_path / "other"
+    other.mkdir()
+    torch.save(autoencoder.Autoencoder().state_dict(), other / "autoencoder.pt")
+    with pytest.raises(SystemExit, match="another autoencoder"):
+        export.main(["sd3-mini", "--run", str(tmp_path / "run"), "--autoencoder", str(other), "--to", str(to)])
+    network = autoencoder.Autoencoder()
+    with pytest.raises(SystemExit, match=r"sd3-mini.safetensors needs another autoencoder"):
+        export._write_autoencoder(network, {"phases": []}, to)
+    assert loader.load_demo("sd3-mini", to)
+
+
+def test_fingerprint_names_what_encodes_and_leaves_the_decoder_free():
+    torch.manual_seed(0)
+    network = autoencoder.Autoencoder()
+    before = network.fingerprint()
+    torch.nn.init.normal_(network.decoder[0].weight)
+    assert network.fingerprint() == before
+    network.std.fill_(2)
+    assert network.fingerprint() != before
