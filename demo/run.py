@@ -314,8 +314,6 @@ def summarise(rounds: Sequence[Round], floats: bool) -> dict[str, Any]:
         "steps": rounds[0][FULL].report["steps"],
         "dit_ms": round(full_ms, 3),
         "rounds": len(rounds),
-        "batch": BATCH,
-        "frames": sum(len(runs[FULL].images) for runs in rounds) // (len(rounds) * BATCH),
         "pictures": sum(len(runs[FULL].images) for runs in rounds),
         "pictures_as": "float32" if floats else "8-bit",
     }
@@ -334,10 +332,11 @@ def table(summary: Mapping[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    frames = f" of {full['frames']} frames" if full["frames"] > 1 else ""
+    frames = ARCHITECTURES[summary.get("model", "sd3-mini")].frames
+    things = "pictures" if frames == 1 else f"frames, {frames} a clip"
     notes = [
-        f"DiT time of a batch of {full['batch']}{frames}, median of {full['rounds']} round(s); "
-        f"SSIM and PSNR against the full run, mean of {full['pictures']} pictures ({full['pictures_as']})."
+        f"DiT time of a batch of {full['pictures'] // full['rounds'] // frames}, median of {full['rounds']} round(s); "
+        f"SSIM and PSNR against the full run, mean of {full['pictures']} {things} ({full['pictures_as']})."
     ]
     if any(run["cut"] > run["reused_steps"] / run["steps"] for run in summary["runs"]):
         notes.append(

@@ -25,6 +25,8 @@ import torch
 from host import environment, server
 from PIL import Image
 
+from demo.architectures import ARCHITECTURES
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -307,6 +309,23 @@ def test_test_hands_arguments_to_pytest_in_order(dev: ModuleType, started: list)
     assert dev.main(["test", *arguments]) == 0
     assert [command[1:] for command in started] == [arguments]
     assert Path(started[0][0]).stem == "pytest"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_train_demo_runs_the_training_with_a_folder_to_keep(dev: ModuleType, started: list, tmp_path: Path, name: str) -> None:
+    dev.main(["train-demo", "--steps", "50", name, "--out", str(tmp_path), "--count", "3"])
+    tail = started[0][started[0].index("demo.train"):]
+    assert tail == ["demo.train", name, "--out", str(tmp_path), "--steps", "50", "--count", "3"]
+
+
+def test_train_demo_of_an_unknown_model_is_refused_before_anything_is_made(
+    dev: ModuleType, started: list, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        dev.main(["train-demo", "sd4-mini"])
+    assert not started
+    said = capsys.readouterr().err
+    assert all(name in said for name in ("sd4-mini", *ARCHITECTURES))
 
 
 @pytest.mark.parametrize(("release", "part"), [("v0.30.0", []), ("v0.27.0", ["-m", "smoke"])])

@@ -63,8 +63,8 @@ class Recipe:
 
 RECIPES = {
     "sd3-mini": Recipe(steps=4500),
-    "pixart-mini": Recipe(spread=(0.4, 1.5)),
-    "wan-mini": Recipe(batch=32, spread=(0.4, 1.0)),
+    "pixart-mini": Recipe(steps=2300, spread=(0.4, 1.5)),
+    "wan-mini": Recipe(batch=32, steps=3300, spread=(0.4, 1.0)),
 }
 
 

@@ -3,7 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
+
 import demo
+from demo import run
+from demo.architectures import ARCHITECTURES
 
 FOLDER = Path(demo.__file__).parent
 API = json.loads((FOLDER / "workflow_api.json").read_text(encoding="utf-8"))
@@ -35,3 +39,14 @@ def test_workflow_both_forms_have_the_same_values():
         assert dict(zip(named, values, strict=True)) == {
             k: v for k, v in API[str(node["id"])]["inputs"].items() if not isinstance(v, list)
         }
+
+
+@pytest.mark.parametrize("model", ARCHITECTURES)
+def test_with_model_samples_as_the_card_of_the_model_says(model):
+    prompt = run.with_model(API, model)
+    how = ARCHITECTURES[model].sampling
+    inputs = run.only(prompt, "KSampler")[1]["inputs"]
+    assert run.only(prompt, "BlockDanceDemoLoader")[1]["inputs"]["name"] == model
+    assert (inputs["sampler_name"], inputs["scheduler"]) == (how["sampler"], how["scheduler"])
+    assert (inputs["cfg"], inputs["steps"]) == (how["cfg"], how["steps"])
+    assert run.only(API, "BlockDanceDemoLoader")[1]["inputs"]["name"] == "sd3-mini"
