@@ -63,9 +63,12 @@ class Recipe:
 
 RECIPES = {
     "sd3-mini": Recipe(steps=4500),
-    "pixart-mini": Recipe(steps=2300, spread=(0.4, 1.5)),
+    "pixart-mini": Recipe(steps=2200, spread=(0.4, 1.5)),
     "wan-mini": Recipe(batch=32, steps=3300, spread=(0.4, 1.0)),
 }
+
+
+_OUTPUTS = tuple(f"{name}.weight" for name in ("attn.proj", "mlp.fc2", "self_attn.o", "cross_attn.o", "ffn.2"))
 
 
 class Trainee(nn.Module):
@@ -86,15 +89,29 @@ class Trainee(nn.Module):
 
 
 def _initialise(model: nn.Module) -> None:
-    """Xavier matrices, small embedders, and blocks and a last layer that begin as nothing."""
-    for name, parameter in model.named_parameters():
+    """Xavier matrices; blocks and a last layer that begin as nothing.
+
+    Where a block's gates are a parameter of their own, they begin open and the layers before them at zero: AdamW moves
+    such gates too slowly for a short training. Elsewhere a zero matrix makes the gates, from small embeddings of time and text.
+    """
+    named = dict(model.named_parameters())
+    tables = ("scale_shift_table", "modulation")
+    gated = tuple(name.removesuffix(table) for table in tables for name in named if name.endswith("." + table))
+    for name, parameter in named.items():
         parts = set(name.split("."))
-        last = name.endswith(("final_layer.linear.weight", "head.head.weight", "cross_attn.proj.weight", "cross_attn.o.weight"))
-        if last or parts & {"bias", "adaLN_modulation", "t_block", "time_projection", "scale_shift_table", "modulation"}:
+        if parts & {"scale_shift_table", "modulation"}:
+            nn.init.zeros_(parameter)
+            if parameter.shape[-2] == 6:  # shift, scale and gate of the attention, then of the layer behind it
+                parameter.data[..., [2, 5], :] = 1.0
+        elif name.endswith(("final_layer.linear.weight", "head.head.weight")):
+            nn.init.zeros_(parameter)
+        elif name.startswith(gated) and name.endswith(_OUTPUTS):
+            nn.init.zeros_(parameter)
+        elif parts & {"bias", "adaLN_modulation", "t_block", "time_projection"}:
             nn.init.zeros_(parameter)
         elif parameter.ndim < 2:
             nn.init.ones_(parameter)
-        elif parts & {"t_embedder", "time_embedding"} or "y_embedder.mlp" in name:
+        elif not gated and parts & {"t_embedder", "y_embedder"}:
             nn.init.normal_(parameter, std=0.02)
         else:
             nn.init.xavier_uniform_(parameter.flatten(1))
