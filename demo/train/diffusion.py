@@ -41,7 +41,7 @@ WARMUP = 100  # steps
 VALIDATION = 4  # half batches
 DROP = 0.1  # share of empty captions
 EMA = 0.998
-SIGMA_MAX = 20.0  # beyond it an error in the noise weighs no more
+SIGMA_MAX = 4.0  # beyond it an error in the noise weighs no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,9 @@ RECIPES = {
 }
 
 
-_OUTPUTS = tuple(f"{name}.weight" for name in ("attn.proj", "mlp.fc2", "self_attn.o", "cross_attn.o", "ffn.2"))
+_ZERO = {"bias", "adaLN_modulation", "t_block", "time_projection"}  # what begins as zero: by a part of the name,
+_LAST = ("final_layer.linear.weight", "head.head.weight")  # by its end,
+_OUTPUTS = tuple(f"{name}.weight" for name in ("attn.proj", "mlp.fc2", "self_attn.o", "cross_attn.o", "ffn.2"))  # in gated blocks
 
 
 class Trainee(nn.Module):
@@ -103,11 +105,7 @@ def _initialise(model: nn.Module) -> None:
             nn.init.zeros_(parameter)
             if parameter.shape[-2] == 6:  # shift, scale and gate of the attention, then of the layer behind it
                 parameter.data[..., [2, 5], :] = 1.0
-        elif name.endswith(("final_layer.linear.weight", "head.head.weight")):
-            nn.init.zeros_(parameter)
-        elif name.startswith(gated) and name.endswith(_OUTPUTS):
-            nn.init.zeros_(parameter)
-        elif parts & {"bias", "adaLN_modulation", "t_block", "time_projection"}:
+        elif parts & _ZERO or name.endswith(_LAST) or (name.startswith(gated) and name.endswith(_OUTPUTS)):
             nn.init.zeros_(parameter)
         elif parameter.ndim < 2:
             nn.init.ones_(parameter)
