@@ -70,7 +70,7 @@ RECIPES = {
 
 _ZERO = {"bias", "adaLN_modulation", "t_block", "time_projection"}  # what begins as zero: by a part of the name,
 _LAST = ("final_layer.linear.weight", "head.head.weight")  # by its end,
-_OUTPUTS = tuple(f"{name}.weight" for name in ("attn.proj", "mlp.fc2", "self_attn.o", "cross_attn.o", "ffn.2"))  # in gated blocks
+_OUTPUTS = ("attn.proj.weight", "mlp.fc2.weight", "self_attn.o.weight", "cross_attn.o.weight", "ffn.2.weight")  # if gated
 
 
 class Trainee(nn.Module):
