@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from demo.architectures import ARCHITECTURES
+from demo.loader import MODELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ SETTINGS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 on success."""
     parser = argparse.ArgumentParser(prog="python dev.py bench", description=__doc__)
-    parser.add_argument("--model", choices=ARCHITECTURES, default="sd3-mini", help="demo model (default %(default)s)")
+    parser.add_argument("--model", choices=MODELS, default="sd3-mini", help="demo model (default %(default)s)")
     for name, kind in (("steps", int), ("sampler", str), ("scheduler", str), ("cfg", float)):
         parser.add_argument(f"--{name}", type=kind, help="in place of the model's own")
     parser.add_argument("--batch", type=int, default=4, help="pictures per run")

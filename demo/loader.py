@@ -19,7 +19,7 @@ from .architectures import ARCHITECTURES, Architecture
 
 FOLDER = pathlib.Path(__file__).parent / "models"
 SCHEMA_VERSION = 2
-MODELS = tuple(ARCHITECTURES)
+MODELS = tuple(name for name in ARCHITECTURES if (FOLDER / f"{name}.safetensors").is_file())
 AUTOENCODER = "autoencoder"  # shared by all models
 MODEL_PREFIX, TEXT_PREFIX = "diffusion_model.", "text_encoder."
 
@@ -143,7 +143,7 @@ def captions(name: str, split: str, count: int, seed: int, difficulty: str | Non
 
 def _architecture(name: str) -> Architecture:
     if name not in ARCHITECTURES:
-        raise ValueError(f"Unknown demo model {name!r}. Known: {', '.join(MODELS)}.")
+        raise ValueError(f"Unknown demo model {name!r}. Known: {', '.join(ARCHITECTURES)}.")
     return ARCHITECTURES[name]
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
-from .architectures import ARCHITECTURES
+from .loader import MODELS
 
 if TYPE_CHECKING:
     from .loader import DemoText
@@ -27,7 +27,7 @@ class BlockDanceDemoLoader(io.ComfyNode):
             category=CATEGORY,
             description="Loads a small trained diffusion transformer that draws captioned scenes: sd3-mini and pixart-mini "
             "make pictures, wan-mini makes clips.",
-            inputs=[io.Combo.Input("name", options=list(ARCHITECTURES))],
+            inputs=[io.Combo.Input("name", options=list(MODELS))],
             outputs=[io.Model.Output(), io.Vae.Output(), DemoTextType.Output(display_name="text_encoder")],
         )
 

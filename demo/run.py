@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw
 from blockdance_core import metrics
 from demo import scenes
 from demo.architectures import ARCHITECTURES
+from demo.loader import MODELS
 
 WORKFLOW = Path(__file__).with_name("workflow_api.json")
 GROUP_SIZES = (2, 3, 4)
@@ -367,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("address", help="the address of the server")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the pictures go")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there")
-    parser.add_argument("--model", choices=ARCHITECTURES, default="sd3-mini", help="the demo model (default %(default)s)")
+    parser.add_argument("--model", choices=MODELS, default="sd3-mini", help="the demo model (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="captions to draw at most (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time for them (default %(default)s)")
     args = parser.parse_args(argv)

@@ -131,7 +131,7 @@ def _plain(value: Any) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("name", choices=loader.MODELS)
+    parser.add_argument("name", choices=architectures.ARCHITECTURES)
     parser.add_argument("--models", type=pathlib.Path, default=loader.FOLDER, help="folder of the models")
     options = parser.parse_args(arguments)
     (options.models / f"{options.name}.md").write_text(card(options.name, options.models), encoding="utf-8")

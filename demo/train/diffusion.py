@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 os.environ.setdefault("TORCHINDUCTOR_CPP_USE_DECOMPOSE_TANH", "1")  # its own tanh is several times slower
 
 SHARDS = 2  # the batch is drawn in this many parts, whatever the number of workers
-MUON_RATE = 0.02
 ADAM_RATE = 2e-3
 WARMUP = 100  # steps
 VALIDATION = 4  # half batches
@@ -52,25 +51,33 @@ class Recipe:
         batch: Samples a step, a multiple of ``SHARDS``.
         steps: Number of steps.
         decay: Share of the steps in which the rate falls to zero.
+        muon_rate: Full rate of the blocks' matrices: lower where a block's gates begin open.
+        text_rate: Rate of all that comes before the captions' way into the blocks, as a share of AdamW's: low where that
+            way is a cross-attention alone, else captions are silenced before the blocks have learned to listen.
         spread: Mean and deviation of log(sigma / (1 - sigma)), where sigma is the share of noise in a training sample.
     """
 
     batch: int = 64
     steps: int = 3500
     decay: float = 0.35
+    muon_rate: float = 0.02
+    text_rate: float = 1.0
     spread: tuple[float, float] = (0.0, 1.0)
 
 
 RECIPES = {
     "sd3-mini": Recipe(steps=4500),
-    "pixart-mini": Recipe(steps=2200, spread=(0.4, 1.5)),
-    "wan-mini": Recipe(batch=32, steps=3300, spread=(0.4, 1.0)),
+    "pixart-mini": Recipe(steps=2000, muon_rate=0.01, text_rate=0.1, spread=(0.4, 1.5)),
+    "wan-mini": Recipe(batch=32, steps=4500, muon_rate=0.01, text_rate=0.1, spread=(0.4, 1.0)),
 }
 
 
 _ZERO = {"bias", "adaLN_modulation", "t_block", "time_projection"}  # what begins as zero: by a part of the name,
 _LAST = ("final_layer.linear.weight", "head.head.weight")  # by its end,
 _OUTPUTS = ("attn.proj.weight", "mlp.fc2.weight", "self_attn.o.weight", "cross_attn.o.weight", "ffn.2.weight")  # if gated
+
+
+_TEXT = re.compile(r"text\.|model\.(y_embedder|text_embedding|context_embedder)")
 
 
 class Trainee(nn.Module):
@@ -238,7 +245,7 @@ class Run:
             "name": options.name,
             **dataclasses.asdict(self.recipe),
             "seed": options.seed,
-            "optimiser": f"Muon ({MUON_RATE}) for the matrices of the blocks, AdamW ({ADAM_RATE}) for the rest",
+            "optimiser": f"Muon ({self.recipe.muon_rate}) for the matrices of the blocks, AdamW ({ADAM_RATE}) for the rest",
             "warmup": WARMUP,
             "dropped_captions": DROP,
             "average": EMA,
@@ -252,9 +259,12 @@ class Run:
         hidden = [p for n, p in named if "blocks." in n and p.ndim == 2 and not re.search("adaLN|table", n)]
         chosen = {id(p) for p in hidden}
         self.muon = Muon(hidden)
-        self.adam = torch.optim.AdamW(
-            [p for p in self.parameters if id(p) not in chosen], betas=(0.9, 0.98), weight_decay=0.0, fused=True
-        )
+        rest = [(n, p) for n, p in zip(self.masters.names, self.parameters, strict=True) if id(p) not in chosen]
+        groups = [
+            {"params": [p for n, p in rest if bool(_TEXT.match(n)) == text], "share": self.recipe.text_rate if text else 1.0}
+            for text in (False, True)
+        ]
+        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         self.ema = [p.detach().clone() for p in self.parameters]
         self.step = 0
         self.seconds = 0.0
@@ -316,9 +326,9 @@ class Run:
                 self.masters.gather()
                 loss += part.detach().cpu()
             gradient, loss_value, stop = self._gather(loss)
-            self.muon.step(MUON_RATE * rate)
+            self.muon.step(self.recipe.muon_rate * rate)
             for group in self.adam.param_groups:
-                group["lr"] = ADAM_RATE * rate
+                group["lr"] = ADAM_RATE * rate * group["share"]
             self.adam.step()
             self.masters.publish()
             self.masters.gradient.zero_()

@@ -36,7 +36,7 @@ def export(name: str, run: pathlib.Path, first: pathlib.Path, folder: pathlib.Pa
     """Write a model, the autoencoder and the loss curve.
 
     Args:
-        name: One of ``loader.MODELS``.
+        name: One of ``ARCHITECTURES``.
         run: What ``demo.train.diffusion`` wrote.
         first: What ``demo.train.autoencoder`` wrote.
         folder: Where the files go.
@@ -124,7 +124,7 @@ def _plot(log: list[dict[str, float]], path: pathlib.Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("name", choices=loader.MODELS)
+    parser.add_argument("name", choices=architectures.ARCHITECTURES)
     parser.add_argument("--run", type=pathlib.Path, required=True)
     parser.add_argument("--autoencoder", type=pathlib.Path, required=True)
     parser.add_argument("--to", type=pathlib.Path, default=loader.FOLDER)

@@ -154,7 +154,7 @@ def _share(found: Sequence[bool]) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("name", choices=loader.MODELS)
+    parser.add_argument("name", choices=ARCHITECTURES)
     parser.add_argument("--models", type=pathlib.Path, help="folder of the models")
     parser.add_argument("--split", default="validation", choices=scenes.SPLITS)
     parser.add_argument("--count", type=int, default=100, help="captions of each difficulty")

@@ -29,5 +29,5 @@ def test_report_is_of_test_captions_and_good_enough_to_measure_on(name):
 
 
 def test_reports_show_trajectories_that_are_not_trivially_easy():
-    similar = [report["hard"]["half_the_steps"]["ssim"] for report in REPORTS.values()]
-    assert sum(ssim < 0.97 for ssim in similar) >= 2
+    hard = [report["hard"]["half_the_steps"]["ssim"] < 0.97 for report in REPORTS.values()]
+    assert sum(hard) >= max(1, len(hard) - 1)
