@@ -1,28 +1,25 @@
 """The demo models through the host: its classes, their sizes, and whether pictures and clips show what captions say."""
 
-import functools
-
 import pytest
 import torch
 
 from demo import architectures, loader, renderer, scenes
 from demo.train import report
 
-EVERY = pytest.mark.parametrize("name", loader.MODELS)
 SEED = 4
 
 
-@functools.cache
-def loaded(name):
+@pytest.fixture(scope="module", params=loader.MODELS)
+def name(request):
+    """Every model that is shipped."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def demo(name):
     return loader.load_demo(name)
 
 
-@pytest.fixture
-def demo(name):
-    return loaded(name)
-
-
-@EVERY
 def test_load_demo_builds_the_hosts_own_classes(demo, name):
     import comfy.model_base
     import comfy.sd
@@ -40,14 +37,13 @@ def test_models_are_as_deep_and_as_small_as_promised():
 
     least = {"sd3-mini": 16, "pixart-mini": 28, "wan-mini": 16}
     for name in loader.MODELS:
-        assert len(families.find(loaded(name).model.model.diffusion_model).blocks) >= least[name]
+        assert len(families.find(loader.load_demo(name).model.model.diffusion_model).blocks) >= least[name]
     sizes = [path.stat().st_size for path in loader.FOLDER.glob("*.safetensors")]
     assert len(sizes) == len(loader.MODELS) + 1
     assert max(sizes) <= 20e6
     assert sum(sizes) <= 45e6
 
 
-@EVERY
 def test_models_predict_what_their_hosts_class_predicts(demo, name):
     from comfy import model_sampling
 
@@ -65,7 +61,6 @@ def test_load_demo_unknown_missing_or_damaged_is_said(tmp_path):
         loader.load_demo("sd3-mini", tmp_path)
 
 
-@EVERY
 def test_encode_shapes_and_unknown_word(demo, name):
     texts = loader.captions(name, "test", 3, 0)
     ((context, extra),) = demo.encode(texts)
@@ -76,7 +71,6 @@ def test_encode_shapes_and_unknown_word(demo, name):
         demo.encode("a large red dog top left")
 
 
-@EVERY
 def test_encode_words_of_motion_belong_to_clips_only(demo, name):
     if architectures.ARCHITECTURES[name].moving:
         demo.encode("a red circle moving upward")
@@ -85,7 +79,6 @@ def test_encode_words_of_motion_belong_to_clips_only(demo, name):
             demo.encode("a red circle moving upward")
 
 
-@EVERY
 def test_sampled_easy_captions_come_out_right(demo, name):
     """A smoke test of weights, text encoder, VAE and sampler together; the card has the real figures."""
     texts = loader.captions(name, "validation", 8, SEED, "easy")
@@ -93,7 +86,6 @@ def test_sampled_easy_captions_come_out_right(demo, name):
     assert sum(verdict.right for verdict in verdicts) >= 6, list(zip(texts, verdicts, strict=True))
 
 
-@EVERY
 @pytest.mark.parametrize(
     ("sampler", "scheduler"), [("ddim", "ddim_uniform"), ("dpmpp_2m", "karras"), ("euler_ancestral", "normal")]
 )
@@ -104,7 +96,6 @@ def test_models_work_with_other_samplers(demo, name, sampler, scheduler):
     assert sum(one["colour"] and one["place"] for one in found) / len(found) > 0.8
 
 
-@EVERY
 def test_vae_round_trip_through_the_hosts_nodes(demo, name):
     from nodes import VAEDecode, VAEEncode
 
@@ -120,7 +111,6 @@ def test_vae_round_trip_through_the_hosts_nodes(demo, name):
     assert 10 * torch.log10(1 / (decoded - image).square().mean()) > 26
 
 
-@EVERY
 def test_pack_and_unpack_are_inverse(name):
     architecture = architectures.ARCHITECTURES[name]
     latents = torch.randn(2, scenes.FRAMES if architecture.moving else 1, 8, 16, 16)
@@ -128,14 +118,12 @@ def test_pack_and_unpack_are_inverse(name):
     assert architecture.pack(latents).shape[1] == architecture.channels
 
 
-@EVERY
 def test_previews_use_fitted_rgb_factors(demo, name):
     latent_format = demo.model.get_model_object("latent_format")
     assert torch.tensor(latent_format.latent_rgb_factors).shape == (architectures.ARCHITECTURES[name].channels, 3)
     assert len(latent_format.latent_rgb_factors_bias) == 3
 
 
-@EVERY
 def test_nodes_are_thin_over_the_loader(demo, name):
     from demo import nodes
 
