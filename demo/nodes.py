@@ -25,8 +25,7 @@ class BlockDanceDemoLoader(io.ComfyNode):
             node_id="BlockDanceDemoLoader",
             display_name="Load BlockDance Demo Model",
             category=CATEGORY,
-            description="Loads a small trained diffusion transformer that draws captioned scenes: sd3-mini and pixart-mini "
-            "make pictures, wan-mini makes clips.",
+            description="Loads a small trained diffusion transformer that draws captioned scenes.",
             inputs=[io.Combo.Input("name", options=list(MODELS))],
             outputs=[io.Model.Output(), io.Vae.Output(), DemoTextType.Output(display_name="text_encoder")],
         )
@@ -51,8 +50,8 @@ class BlockDanceDemoCaption(io.ComfyNode):
             display_name="BlockDance Demo Caption",
             category=CATEGORY,
             description="One to four objects and a background, for example: a large red striped circle top left, "
-            "a small blue plain square bottom right marked k, on a grey marbled background. For wan-mini objects may move: "
-            "moving rightward fast. What is left out is left to the model. Empty text is the unconditional caption.",
+            "a small blue plain square bottom right marked k, on a grey marbled background. What is left out is left to the "
+            "model. Empty text is the unconditional caption.",
             inputs=[
                 DemoTextType.Input("text_encoder"),
                 io.String.Input("text", multiline=True),
