@@ -51,6 +51,8 @@ class Recipe:
         batch: Samples a step, a multiple of ``SHARDS``.
         steps: Number of steps.
         decay: Share of the steps in which the rate falls to zero.
+        ease: Shares of the steps between which a model that shall predict the noise is led there from noise - x0. From
+            the start, the strong noise takes all attention of so narrow a network: it learns to silence the captions.
         muon_rate: Full rate of the blocks' matrices: lower where a block's gates begin open.
         text_rate: Rate of all that comes before the captions' way into the blocks, as a share of AdamW's: low where that
             way is a cross-attention alone, else captions are silenced before the blocks have learned to listen.
@@ -60,6 +62,7 @@ class Recipe:
     batch: int = 64
     steps: int = 3500
     decay: float = 0.35
+    ease: tuple[float, float] = (0.0, 0.0)
     muon_rate: float = 0.02
     text_rate: float = 1.0
     spread: tuple[float, float] = (0.0, 1.0)
@@ -67,7 +70,7 @@ class Recipe:
 
 RECIPES = {
     "sd3-mini": Recipe(steps=4500),
-    "pixart-mini": Recipe(steps=2000, muon_rate=0.01, text_rate=0.1, spread=(0.4, 1.5)),
+    "pixart-mini": Recipe(steps=4500, ease=(0.3, 0.6), muon_rate=0.01, text_rate=0.1, spread=(0.4, 1.2)),
     "wan-mini": Recipe(batch=32, steps=4500, muon_rate=0.01, text_rate=0.1, spread=(0.4, 1.0)),
 }
 
@@ -158,7 +161,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: obje
     return scores.float().softmax(-1).to(v.dtype) @ v
 
 
-def flow_loss(trainee: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def flow_loss(trainee: nn.Module, batch: tuple[torch.Tensor, ...], part: float = 0.0) -> torch.Tensor:
     """Mean squared error of the velocity noise - x0 at x = (1 - s) x0 + s noise; the model is given 1000 s."""
     x0, tokens, noise, share = batch
     mix = share.view(-1, *[1] * (x0.ndim - 1))
@@ -166,24 +169,33 @@ def flow_loss(trainee: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tens
     return (velocity.float() - (noise - x0)).square().mean()
 
 
-def epsilon_loss(trainee: nn.Module, batch: tuple[torch.Tensor, ...], sigmas: torch.Tensor) -> torch.Tensor:
-    """The same error, of the velocity that a predicted noise implies; shares go to the nearest of the host's sigmas."""
+def epsilon_loss(
+    trainee: nn.Module, batch: tuple[torch.Tensor, ...], sigmas: torch.Tensor, part: float = 0.0
+) -> torch.Tensor:
+    """The same error, of the velocity that a predicted noise - part * x0 implies; shares go to the host's nearest sigma."""
     x0, tokens, noise, share = batch
     sigmas = sigmas.to(share.device)
     index = (sigmas.log() - (share / (1 - share)).log()[:, None]).abs().argmin(1)
     sigma = sigmas[index].view(-1, *[1] * (x0.ndim - 1))
     predicted = trainee(((x0 + sigma * noise) / (1 + sigma.square()).sqrt()).bfloat16(), index.float(), tokens)
-    return ((predicted.float() - noise) * (1 + sigma.clamp(max=SIGMA_MAX))).square().mean()
+    weight = ((1 + sigma) / (1 + part * sigma)).clamp(max=1 + SIGMA_MAX)
+    return ((predicted.float() - (noise - part * x0)) * weight).square().mean()
 
 
-def objective_of(architecture: architectures.Architecture) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], torch.Tensor]:
-    """The loss of a model, from the trainee and a batch."""
+def objective_of(architecture: architectures.Architecture) -> Callable[..., torch.Tensor]:
+    """The loss of a model, from the trainee, a batch, and the part of x0 that a predicted noise may still miss."""
     if architecture.objective == "flow":
         return flow_loss
     settings = architecture.sampling_settings
     betas = torch.linspace(settings["linear_start"], settings["linear_end"], settings["timesteps"], dtype=torch.float64)
     kept = (1 - betas).cumprod(0)
     return functools.partial(epsilon_loss, sigmas=((1 - kept) / kept).sqrt().float())
+
+
+def part_at(share: float, ease: tuple[float, float]) -> float:
+    """How much of x0 the target misses after a share of the training: 1, then falling to 0 between the two shares."""
+    start, end = ease
+    return min(1.0, max(0.0, (end - share) / max(end - start, 1e-9))) if end else 0.0
 
 
 def rate_at(step: int, steps: int, decay: float) -> float:
@@ -321,10 +333,10 @@ class Run:
             rate = rate_at(self.step, self.recipe.steps, self.recipe.decay)
             loss = torch.zeros(())
             for shard in shards:
-                part = self.loss(self.trainee, self.data(self.step, shard, self.recipe.batch // SHARDS)) / SHARDS
-                part.backward()
+                error = self._error(self.data(self.step, shard, self.recipe.batch // SHARDS)) / SHARDS
+                error.backward()
                 self.masters.gather()
-                loss += part.detach().cpu()
+                loss += error.detach().cpu()
             gradient, loss_value, stop = self._gather(loss)
             self.muon.step(self.recipe.muon_rate * rate)
             for group in self.adam.param_groups:
@@ -343,6 +355,9 @@ class Run:
             if stop:
                 return
 
+    def _error(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return self.loss(self.trainee, batch, part=part_at(self.step / self.recipe.steps, self.recipe.ease))
+
     def _gather(self, loss: torch.Tensor) -> tuple[float, float, bool]:
         """Average gradients over the workers in place and clip them; norm, loss, and whether to stop."""
         extra = torch.tensor([loss.item(), float((self.options.out / "stop").exists())], device=self.device)
@@ -360,7 +375,7 @@ class Run:
         self.masters.publish(self.ema)
         shares = range(1000, 1000 + VALIDATION)
         with torch.no_grad():
-            parts = [self.loss(self.trainee, self.data(0, k, self.recipe.batch // SHARDS, "validation")).item() for k in shares]
+            parts = [self._error(self.data(0, k, self.recipe.batch // SHARDS, "validation")).item() for k in shares]
         self.masters.publish()
         row = {
             "step": self.step,

@@ -73,6 +73,21 @@ def test_losses_are_the_hosts_own_predictions_errors(name):
     assert diffusion.objective_of(architecture)(Truth(), (x0, None, noise, share)) == 0
 
 
+@pytest.mark.parametrize("part", [0.0, 0.4, 1.0])
+def test_epsilon_loss_weighs_as_the_velocity_error_whatever_part_is_missed(part):
+    """An error d in the predicted noise - part * x0 is one of (1 + sigma) / (1 + part * sigma) * d in noise - x0."""
+    loss = diffusion.objective_of(architectures.ARCHITECTURES["pixart-mini"])
+    x0, noise = torch.randn(2, 8, 2, 36, 36)
+    share = torch.full((8,), 0.6)
+    found = loss(lambda x, timestep, tokens: noise - part * x0 + 0.1, (x0, None, noise, share), part=part)
+    assert found.sqrt() == pytest.approx(0.1 * (1 + 1.5) / (1 + part * 1.5), rel=0.01)
+
+
+def test_part_is_whole_first_then_falls_to_nothing():
+    assert [diffusion.part_at(share, (0.2, 0.6)) for share in (0, 0.2, 0.4, 0.6, 1)] == pytest.approx([1, 1, 0.5, 0, 0])
+    assert diffusion.part_at(0, (0.0, 0.0)) == 0
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Start or continue a tiny run in `tmp_path`; returns its state."""
