@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from demo import architectures, loader, renderer, scenes
+from demo import architectures, autoencoder, loader, renderer, scenes
 from demo.train import report
 
 SEED = 4
@@ -152,3 +152,26 @@ def test_demo_nodes_declare_every_option():
 
     (name,) = nodes.BlockDanceDemoLoader.define_schema().inputs
     assert list(name.options) == list(loader.MODELS)
+
+
+@pytest.mark.parametrize("kind", architectures.ARCHITECTURES)
+@torch.inference_mode()  # as the host runs its nodes
+def test_vae_takes_other_sizes_lengths_and_tiles(kind):
+    """With an untrained autoencoder: shapes only, for every architecture."""
+    from nodes import VAEDecodeTiled, VAEEncodeTiled
+
+    architecture = architectures.ARCHITECTURES[kind]
+    vae = loader._vae(architecture, autoencoder.Autoencoder().state_dict())
+    pixels = torch.rand(5 if architecture.moving else 2, 70, 90, 3)
+    latent = vae.encode(pixels)
+    height, width = (side // 4 * (4 // architecture.downscale) for side in (70, 90))
+    assert latent.shape == (*((1, 8, 5) if architecture.moving else (2, architecture.channels)), height, width)
+    assert vae.decode(latent).numel() == len(pixels) * 68 * 88 * 3
+    odd = latent[..., :-1, :-1]
+    assert vae.decode(odd).shape[-3:-1] == tuple(side * architecture.downscale for side in odd.shape[-2:])
+
+    pixels = torch.rand(9 if architecture.moving else 1, 128, 128, 3)
+    (tiled,) = VAEEncodeTiled().encode(vae, pixels, 64, 16)
+    assert tiled["samples"].shape == vae.encode(pixels).shape
+    (picture,) = VAEDecodeTiled().decode(vae, tiled, 64, 16)
+    assert picture.shape == pixels.shape
