@@ -138,7 +138,7 @@ class _Runner:
 
         latent = empty_latent(self.demo.model, self.options.batch)
         noise = comfy.sample.prepare_noise(latent, 1000 + number)
-        positive = self.demo.encode(captions(self.options.model, "validation", self.options.batch, seed=number))
+        positive = self.demo.encode(captions(self.options.model, "validation", self.options.batch, number, "hard"))
         options = self.options
         return comfy.sample.sample(
             model, noise, round(share * options.steps), options.cfg, options.sampler, options.scheduler,

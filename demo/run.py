@@ -248,7 +248,7 @@ async def compare(address: str, model: str, rounds: int, seconds: float) -> tupl
             pictures = [decode(file["filename"], await client.fetch(file)) for file in files]
             return Run(report, torch.stack(pictures))
 
-        captions = scenes.captions("validation", rounds, 0, ARCHITECTURES[model].moving)
+        captions = scenes.captions("validation", rounds, 0, ARCHITECTURES[model].moving, "hard")
         await once("warming up", FULL, captions[0], {}, seed=0, noise_seed=0, steps=2)
         done: list[Round] = []
         schedules: dict[int, dict[str, Any]] = {}
