@@ -17,7 +17,6 @@ import logging
 import math
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch
 from torch import nn
 
 from demo.architectures import ARCHITECTURES
+from demo.hosting import launcher
 from demo.loader import MODELS
 
 
@@ -61,9 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for name, value in ARCHITECTURES[options.model].sampling.items():
         setattr(options, name, getattr(options, name) or value)
-    sys.path.append(str(Path(__file__).parents[1] / "tests"))
-    from host import launcher
-
     launcher.enter(*(() if torch.cuda.is_available() else ("--cpu",)))
     torch.set_num_threads(options.threads)
     logging.getLogger("blockdance_core").setLevel(logging.WARNING)

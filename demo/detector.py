@@ -113,9 +113,8 @@ def look(picture: torch.Tensor, background: int | None = None) -> tuple[list[Fou
     evidence = is_it - torch.where(is_it > 0, 0, is_behind.clamp(min=_HIDDEN))
     masks, shapes = _masks()
     objects = []
-    for colour, enough, share in [(c, _ENOUGH, _SHARE) for c in range(len(colours))] + [
-        (c, _AGAIN, _SHARE_AGAIN) for c in range(len(colours))
-    ]:
+    axis = torch.arange(picture.shape[-1])
+    for (enough, share), colour in itertools.product(((_ENOUGH, _SHARE), (_AGAIN, _SHARE_AGAIN)), range(len(colours))):
         if evidence[colour].clamp(min=0).sum() < enough:
             continue
         gathered = torch.nn.functional.conv2d(evidence[None, None, colour], masks[:, None], padding=_REACH)[0]
@@ -123,8 +122,8 @@ def look(picture: torch.Tensor, background: int | None = None) -> tuple[list[Fou
         mask, row, column = (int(i) for i in torch.unravel_index(index, gathered.shape))
         if value > max(enough, share * masks[mask].sum()):
             objects.append(Found(shapes[mask], colour, (row + 0.5 - margin, column + 0.5 - margin)))
-        away = (torch.arange(picture.shape[-1])[:, None] - row).abs().maximum((torch.arange(picture.shape[-1]) - column).abs())
-        evidence[colour] = torch.where(away <= _REACH, evidence[colour].clamp(max=0), evidence[colour])
+            near = ((axis[:, None] - row).abs() <= _REACH) & ((axis - column).abs() <= _REACH)
+            evidence[colour] = torch.where(near, evidence[colour].clamp(max=0), evidence[colour])
     return objects, background
 
 

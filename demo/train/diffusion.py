@@ -18,8 +18,6 @@ import os
 import pathlib
 import platform
 import re
-import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -29,6 +27,7 @@ from torch import distributed, nn
 from blockdance_core import families
 
 from .. import architectures, autoencoder, renderer, scenes, text
+from ..hosting import launcher, server
 from .muon import Muon
 
 logger = logging.getLogger(__name__)
@@ -78,8 +77,6 @@ RECIPES = {
 _ZERO = {"bias", "adaLN_modulation", "t_block", "time_projection"}  # what begins as zero: by a part of the name,
 _LAST = ("final_layer.linear.weight", "head.head.weight")  # by its end,
 _OUTPUTS = ("attn.proj.weight", "mlp.fc2.weight", "self_attn.o.weight", "cross_attn.o.weight", "ffn.2.weight")  # if gated
-
-
 _TEXT = re.compile(r"text\.|model\.(y_embedder|text_embedding|context_embedder)")
 
 
@@ -402,18 +399,8 @@ def _compiler_works() -> bool:
         return False
 
 
-def free_port() -> int:
-    """A port of this machine that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _worker(rank: int, options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s")
-    sys.path.append(str(pathlib.Path(__file__).parents[2] / "tests"))
-    from host import launcher
-
     launcher.enter("--use-pytorch-cross-attention", *(() if torch.cuda.is_available() else ("--cpu",)))
     import comfy.model_management
     import comfy.ops
@@ -442,7 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="per worker")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile each block")
     options = parser.parse_args(arguments)
-    options.recipe, options.port = RECIPES[options.name], free_port()
+    options.recipe, options.port = RECIPES[options.name], server.take_port(None)
     if options.steps:
         options.recipe = dataclasses.replace(options.recipe, steps=options.steps)
     options.out.mkdir(parents=True, exist_ok=True)

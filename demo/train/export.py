@@ -49,6 +49,8 @@ def export(name: str, run: pathlib.Path, first: pathlib.Path, folder: pathlib.Pa
     if record["encoder"] != network.fingerprint():
         raise SystemExit(f"{run} was trained on another autoencoder than the one in {first}.")
     folder.mkdir(parents=True, exist_ok=True)
+    others = [path for path in folder.glob("*.safetensors") if path.stem not in (name, loader.AUTOENCODER)]
+    _check_encoder(others, network.fingerprint())
     _write_autoencoder(network, json.loads((first / "autoencoder.json").read_text(encoding="utf-8")), folder)
     factors, bias = rgb_factors(architecture, network)
     parameters = dict(zip(checkpoint["names"], checkpoint["ema"], strict=True)) | checkpoint["buffers"]
@@ -80,13 +82,15 @@ def export(name: str, run: pathlib.Path, first: pathlib.Path, folder: pathlib.Pa
     _plot(log, folder / f"{name}-loss.png")
 
 
-def _write_autoencoder(network: autoencoder.Autoencoder, record: dict[str, Any], folder: pathlib.Path) -> None:
-    """Write ``autoencoder.safetensors``, unless that would take from other models the one that they were trained on."""
-    for path in folder.glob("*.safetensors"):
+def _check_encoder(models: Sequence[pathlib.Path], fingerprint: str) -> None:
+    """Refuse to replace the autoencoder that other models were trained on."""
+    for path in models:
         with safetensors.safe_open(path, framework="pt") as file:
-            encoder = json.loads((file.metadata() or {}).get("encoder", "null"))
-        if path.stem != loader.AUTOENCODER and encoder not in (None, network.fingerprint()):
-            raise SystemExit(f"{path} needs another autoencoder. Move it away, or export to another folder.")
+            if json.loads(file.metadata()["encoder"]) != fingerprint:
+                raise SystemExit(f"{path} needs another autoencoder. Move it away, or export to another folder.")
+
+
+def _write_autoencoder(network: autoencoder.Autoencoder, record: dict[str, Any], folder: pathlib.Path) -> None:
     training = {key: value for key, value in record.items() if key != "phases"}
     training["phases"] = [{key: phase[key] for key in ("phase", "steps", "seconds")} for phase in record["phases"]]
     metadata = {"encoder": network.fingerprint(), "training": training}

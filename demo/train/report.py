@@ -15,7 +15,6 @@ import json
 import math
 import pathlib
 import statistics
-import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from blockdance_core import metrics
 
 from .. import detector, loader, renderer, scenes
 from ..architectures import ARCHITECTURES
+from ..hosting import launcher
 
 TILE, TEXT = 144, 118  # pixels
 SHEET = 12  # captions of each difficulty
@@ -163,9 +163,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=pathlib.Path, help="write the figures there")
     parser.add_argument("--sheet", type=pathlib.Path, help="write the pictures there")
     options = parser.parse_args(arguments)
-    sys.path.append(str(pathlib.Path(__file__).parents[2] / "tests"))
-    from host import launcher
-
     launcher.enter(*(() if torch.cuda.is_available() else ("--cpu",)))
     demo = loader.load_demo(options.name, options.models)
     figures, judged = measure(demo, options.split, options.count, options.compared, options.seed)

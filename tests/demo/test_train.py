@@ -178,7 +178,7 @@ def test_export_of_a_run_loads_and_draws_in_the_host_and_has_a_card(run, tmp_pat
     assert f"{figures['hard']['right']:.1%}" in (to / f"{name}.md").read_text(encoding="utf-8")
 
 
-def test_export_of_another_autoencoder_takes_none_away_from_other_models(run, tmp_path):
+def test_export_with_another_autoencoder_than_the_runs_is_refused(run, tmp_path):
     run("run", 6)
     to = tmp_path / "models"
     export.main(["sd3-mini", "--run", str(tmp_path / "run"), "--autoencoder", str(tmp_path), "--to", str(to)])
@@ -187,10 +187,27 @@ def test_export_of_another_autoencoder_takes_none_away_from_other_models(run, tm
     torch.save(autoencoder.Autoencoder().state_dict(), other / "autoencoder.pt")
     with pytest.raises(SystemExit, match="another autoencoder"):
         export.main(["sd3-mini", "--run", str(tmp_path / "run"), "--autoencoder", str(other), "--to", str(to)])
-    network = autoencoder.Autoencoder()
-    with pytest.raises(SystemExit, match=r"sd3-mini.safetensors needs another autoencoder"):
-        export._write_autoencoder(network, {"phases": []}, to)
     assert loader.load_demo("sd3-mini", to)
+
+
+def test_export_takes_no_autoencoder_away_from_other_models_but_replaces_a_model_with_its_own(run, tmp_path):
+    run("run", 6)
+    to = tmp_path / "models"
+    arguments = ["sd3-mini", "--run", str(tmp_path / "run"), "--autoencoder", str(tmp_path), "--to", str(to)]
+    export.main(arguments)
+    torch.save(autoencoder.Autoencoder().state_dict(), tmp_path / "autoencoder.pt")
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    run("run", 6)
+    export.main(arguments)
+    assert loader.load_demo("sd3-mini", to)
+    before = (to / "autoencoder.safetensors").read_bytes()
+    (to / "sd3-mini.safetensors").rename(to / "another.safetensors")
+    torch.save(autoencoder.Autoencoder().state_dict(), tmp_path / "autoencoder.pt")
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    run("run", 6)
+    with pytest.raises(SystemExit, match=r"another.safetensors needs another autoencoder"):
+        export.main(arguments)
+    assert (to / "autoencoder.safetensors").read_bytes() == before
 
 
 def test_fingerprint_names_what_encodes_and_leaves_the_decoder_free():
