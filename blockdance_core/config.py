@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from blockdance_core.schedule import Schedule
 
 PRESETS = ("auto", "paper", "custom")
 WINDOWS = ("noise_level", "steps")
-FORECASTS = ("taylor", "delta", "hold")
+FORECASTS = ("taylor", "taylor2", "delta", "hold")
 CACHE_DEVICES = ("auto", "gpu", "cpu")
 RECOMMENDED = -1
 """The value of `boundary` that stands for the model family's recommended one."""
@@ -18,6 +22,29 @@ FEW_STEPS = 8
 
 class ConfigError(ValueError):
     """A setting is out of its range; the message names the setting, the value and the range."""
+
+
+class Policy(Protocol):
+    """What says, in place of preset and window, which steps reuse; see `policy.py`.
+
+    Attributes:
+        name: For messages.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def check(self, family: str, depth: int) -> None:
+        """Raise a `ConfigError` unless it is for a model of this family and depth."""
+
+    def schedule(self, levels: Sequence[float], sampler: str, group_size: int) -> Schedule:
+        """The plan of a run.
+
+        Args:
+            levels: Shares of the noise schedule, see `schedule.build`.
+            sampler: Name of the sampler.
+            group_size: N, the speed that is wanted.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +61,7 @@ class Config:
         boundary: Last block that is skipped, 0-based; -1 for the recommended one.
         forecast: What is injected at a reuse step, see `forecast.py`.
         cache_device: Where features are kept.
+        policy: Says which steps reuse what, in place of everything but `enabled`, N and `cache_device`.
 
     Raises:
         ConfigError: A value is out of its range.
@@ -48,6 +76,7 @@ class Config:
     boundary: int = RECOMMENDED
     forecast: str = "taylor"
     cache_device: str = "auto"
+    policy: Policy | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (

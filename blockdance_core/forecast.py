@@ -2,12 +2,13 @@
 
 Every forecast is a linear combination of what a stream has stored, newest first, optionally added to the current input
 of block 0 (`anchored`). The stored quantity is the boundary output F itself (`hold`), or the residual F - x0 against the
-input x0 of block 0 at the same step (`delta`, `taylor`).
+input x0 of block 0 at the same step (the others).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 _SIGMA_TOLERANCE = 1e-6
@@ -37,21 +38,28 @@ class Forecast:
             sigma: Noise level of the reuse step.
 
         Returns:
-            One weight per feature used, newest first; they sum to 1. Order 1 is
-            r(sigma) = r1 + damping * (sigma - s1) / (s1 - s0) * (r1 - r0). Falls back to the newest feature alone where
-            there is no second one, its sigma is the same, or `sigma` is too far beyond the two.
+            One weight per feature used, newest first; they sum to 1. They are those of Newton's interpolation
+            r(s) = r1 + d (s - s1) r[1,2] + d^2 (s - s1) (s - s2) r[1,2,3], with the divided differences r[...] and the damping
+            d. The order is lower where features are missing, have the same sigma, or `sigma` is too far beyond them.
         """
-        if self.order == 0 or len(stored_at) < 2 or abs(stored_at[0] - stored_at[1]) <= _SIGMA_TOLERANCE:
-            return (1.0,)
-        reach = (sigma - stored_at[0]) / (stored_at[0] - stored_at[1])
-        if abs(reach) > _MAX_REACH:
-            return (1.0,)
-        return (1.0 + self.damping * reach, -self.damping * reach)
+        weights = [1.0]
+        product = 1.0
+        for order in range(1, min(self.order, len(stored_at) - 1) + 1):
+            nodes = stored_at[: order + 1]
+            gaps = [abs(one - nodes[-1]) for one in nodes[:-1]]
+            if min(gaps) <= _SIGMA_TOLERANCE or abs(sigma - nodes[0]) > _MAX_REACH * min(gaps):
+                break
+            product *= self.damping * (sigma - nodes[order - 1])
+            weights.append(0.0)
+            for j, node in enumerate(nodes):
+                weights[j] += product / math.prod(node - other for i, other in enumerate(nodes) if i != j)
+        return tuple(weights)
 
 
 FORECASTS = {
     "hold": Forecast(anchored=False),
     "delta": Forecast(anchored=True),
     "taylor": Forecast(anchored=True, order=1),
+    "taylor2": Forecast(anchored=True, order=2),
 }
 """By the name of the widget. `hold` is the published method (section 2); the others see the current latent."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from blockdance_core.config import FEW_STEPS, Effective
+from blockdance_core.forecast import FORECASTS, Forecast
 
 COMPUTE, CACHE, REUSE = "compute", "cache", "reuse"
 _TOLERANCE = 1e-4
@@ -21,12 +22,14 @@ class Step:
         boundary: Last skipped block of the step's group, 0-based; None on a compute step.
         group: Number of the group; a feature is valid only inside the group it was stored in. None on a compute step.
         record: Boundaries whose feature a later reuse step needs from this step.
+        forecast: What a reuse step injects; None on the others.
     """
 
     decision: str = COMPUTE
     boundary: int | None = None
     group: int | None = None
     record: tuple[int, ...] = ()
+    forecast: Forecast | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,20 +51,62 @@ class Schedule:
         """Every boundary that the plan records at, ascending."""
         return tuple(sorted({boundary for step in self.steps for boundary in step.record}))
 
+    @property
+    def anchored(self) -> bool:
+        """Whether residuals are stored, rather than outputs."""
+        return any(step.forecast.anchored for step in self.steps if step.forecast)
+
+    @property
+    def kept(self) -> int:
+        """Most features that a stream ever needs of one boundary."""
+        needed = max((step.forecast.order + 1 for step in self.steps if step.forecast), default=0)
+        return min(needed, sum(bool(step.record) for step in self.steps))
+
     def cut(self, depth: int) -> float:
         """Arithmetic cut (method, section 4): share of reuse steps times share of blocks skipped."""
         skipped = sum((step.boundary or 0) + 1 for step in self.steps if step.decision == REUSE)
         return skipped / (depth * len(self.steps)) if self.steps else 0.0
 
 
-def build(effective: Effective, levels: Sequence[float], history: int) -> Schedule:
+@dataclasses.dataclass(frozen=True)
+class Reuse:
+    """One reuse step of a plan.
+
+    Attributes:
+        boundary: Last skipped block, 0-based.
+        forecast: What is injected.
+    """
+
+    boundary: int
+    forecast: Forecast
+
+
+Plan = Sequence["Reuse | None"]
+"""How every step of a run reuses, None for one that is computed: what a calibration finds and a policy says."""
+
+
+def follow(plan: Plan) -> Schedule:
+    """The schedule of an explicit plan.
+
+    Each run of reuse steps is a group with the computed step before it. Its first boundary holds for all of it, and
+    whatever stands before the first computed step, or in the last step, is computed.
+    """
+    groups: list[list[int]] = []
+    for k, row in enumerate(plan[:-1]):
+        if row is None:
+            groups.append([k])
+        elif groups:
+            groups[-1].append(k)
+    return _scheduled([(group, [plan[k] for k in group[1:]]) for group in groups if len(group) > 1], len(plan))
+
+
+def build(effective: Effective, levels: Sequence[float]) -> Schedule:
     """Plan a run: uniform groups of N steps inside the window.
 
     Args:
         effective: The settings in force.
         levels: For each executed step the noise level at its start, and the level at the end of the last: share of
             the model's noise schedule already passed, 0 (pure noise) to 1 (clean). n + 1 values for n steps.
-        history: Number of earlier computed steps that the forecast uses besides the group's cache step.
 
     Returns:
         The schedule. The last step is always computed. A run that starts part-way (img2img, the second of two
@@ -83,7 +128,9 @@ def build(effective: Effective, levels: Sequence[float], history: int) -> Schedu
     groups = _groups(_eligible(effective, levels, count, inside), effective.group_size)
     if not groups:
         warnings.append("no step can be reused: the window holds too few steps")
-    return Schedule(_with_records(groups, count, effective.boundary, history), inside, tuple(warnings))
+    reuse = Reuse(effective.boundary, FORECASTS[effective.forecast])
+    planned = _scheduled([(group, [reuse] * (len(group) - 1)) for group in groups], count)
+    return dataclasses.replace(planned, window=inside, warnings=tuple(warnings))
 
 
 def _window(effective: Effective, levels: Sequence[float], count: int) -> tuple[int, ...]:
@@ -118,14 +165,18 @@ def _groups(eligible: Sequence[int], size: int) -> list[range]:
     return [group for group in groups if len(group) > 1]
 
 
-def _with_records(groups: Sequence[range], count: int, boundary: int, history: int) -> tuple[Step, ...]:
+def _scheduled(groups: Sequence[tuple[Sequence[int], Sequence[Reuse | None]]], count: int) -> Schedule:
+    """Groups of consecutive steps, the first computed and the others reusing, as rows that record what those need."""
     steps = [Step()] * count
-    for number, group in enumerate(groups):
-        steps[group.start] = Step(CACHE, boundary, number, (boundary,))
-        for k in group[1:]:
-            steps[k] = Step(REUSE, boundary, number)
-    for group in groups:
-        computed = [k for k in range(group.start) if steps[k].decision != REUSE]
-        for k in computed[-history:] if history else []:
+    for number, (group, rows) in enumerate(groups):
+        boundary = next(row.boundary for row in rows if row)
+        steps[group[0]] = Step(CACHE, boundary, number, (boundary,))
+        for k, row in zip(group[1:], rows, strict=True):
+            steps[k] = Step(REUSE, boundary, number, forecast=row.forecast if row else None)
+    for group, rows in groups:
+        history = max(row.forecast.order for row in rows if row)
+        computed = [k for k in range(group[0]) if steps[k].decision != REUSE]
+        boundary = steps[group[0]].boundary
+        for k in computed[-history:] if history and boundary is not None else []:
             steps[k] = dataclasses.replace(steps[k], record=tuple(sorted({*steps[k].record, boundary})))
-    return tuple(steps)
+    return Schedule(tuple(steps))

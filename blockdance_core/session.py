@@ -14,7 +14,6 @@ from torch import nn
 
 from blockdance_core import families
 from blockdance_core.config import Config, Effective, resolve
-from blockdance_core.forecast import FORECASTS
 from blockdance_core.interception import intercept, taps
 from blockdance_core.schedule import COMPUTE, REUSE, Schedule, build
 from blockdance_core.streams import FeatureCache
@@ -40,13 +39,17 @@ class StepFigures:
 class ModelState:
     """What a session knows of one executing model: its blocks, its plan and its cache."""
 
-    def __init__(self, config: Config, diffusion_model: nn.Module, levels: Sequence[float]) -> None:
+    def __init__(self, config: Config, diffusion_model: nn.Module, levels: Sequence[float], sampler: str) -> None:
         """Match the model and plan the run; a model that cannot be accelerated gets a plan without reuse."""
         self.family, self.blocks = families.find(diffusion_model)
         self.effective: Effective = resolve(config, self.family.defaults, len(self.blocks))
-        forecast = FORECASTS[self.effective.forecast]
-        self.schedule: Schedule = build(self.effective, levels, forecast.order)
-        self.cache = FeatureCache(forecast, min(forecast.order + 1, sum(bool(step.record) for step in self.schedule.steps)))
+        self.schedule: Schedule
+        if config.policy is None:
+            self.schedule = build(self.effective, levels)
+        else:
+            config.policy.check(self.family.name, len(self.blocks))
+            self.schedule = config.policy.schedule(levels, sampler, config.group_size if config.enabled else 1)
+        self.cache = FeatureCache(self.schedule.anchored, self.schedule.kept)
         self.broken: str | None = None
         self.first_evaluation: int | None = None
         self.predicted_bytes = 0
@@ -110,6 +113,7 @@ class Session:
         sigmas: Noise levels of the executed steps, n + 1 values; any list is tolerated.
         levels: The same as shares of the noise schedule, see `schedule.build`.
         listener: Told (step, decision) when a step is finished.
+        sampler: Name of the sampler, for a policy.
     """
 
     def __init__(
@@ -118,8 +122,10 @@ class Session:
         sigmas: Sequence[float],
         levels: Sequence[float],
         listener: Callable[[int, str], None] | None = None,
+        sampler: str = "",
     ) -> None:
         self.config = config
+        self.sampler = sampler
         self.sigmas = list(sigmas)
         self.levels = list(levels)
         self.listener = listener
@@ -276,7 +282,7 @@ class Session:
             return None
         if id(owner) not in self.models:
             try:
-                state = ModelState(self.config, diffusion_model, self.levels)
+                state = ModelState(self.config, diffusion_model, self.levels, self.sampler)
             except (families.UnsupportedModelError, ValueError) as error:
                 self.unsupported[id(owner)] = str(error)
                 self.warn(str(error))

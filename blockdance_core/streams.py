@@ -51,6 +51,7 @@ class FeatureCache:
     """Stored features of all streams of one model in one sampling run.
 
     Attributes:
+        anchored: Whether residuals are stored, rather than outputs.
         keep: Entries kept per stream and boundary.
         limit: No more bytes than this are ever stored.
         device: Where entries are kept; None for where they are computed.
@@ -58,8 +59,8 @@ class FeatureCache:
         peak_bytes: Most bytes stored so far.
     """
 
-    def __init__(self, forecast: Forecast, keep: int) -> None:
-        self.forecast = forecast
+    def __init__(self, anchored: bool, keep: int) -> None:
+        self.anchored = anchored
         self.keep = keep
         self.limit: float = float("inf")
         self.device: torch.device | None = None
@@ -107,6 +108,7 @@ class FeatureCache:
         group: int | None,
         condition: Hashable,
         sigma: float,
+        forecast: Forecast,
         current: Feature | None,
         device: torch.device | None = None,
     ) -> Feature | str:
@@ -118,6 +120,7 @@ class FeatureCache:
             group: The group of this step; a stream that stored nothing in it has no forecast.
             condition: What holds now; a stream whose last feature was stored under another one has no forecast.
             sigma: Noise level now.
+            forecast: How to weigh what is stored.
             current: Input of block 0 now, all rows, in the layout of the boundary; None where that is not known.
             device: Where the model runs; None for where the features are stored.
 
@@ -133,7 +136,7 @@ class FeatureCache:
                 return NOTHING_STORED
             # An output that did not fit its input is held, never extrapolated.
             alike = [entry for entry in history if entry.anchored] if history[0].anchored else history[:1]
-            weights = self.forecast.weights([entry.sigma for entry in alike], sigma)
+            weights = forecast.weights([entry.sigma for entry in alike], sigma)
             chunks.append(list(zip(weights, alike, strict=False)))
         try:
             return tuple(

@@ -141,7 +141,7 @@ class Visit:
                     self.skipped += now.boundary + 1
                     return injected
                 self.fallbacks.append(injected)
-            if self.state.cache.forecast.anchored:
+            if self.state.cache.anchored:
                 now.input = cloned(feature)
         except RuntimeError as error:
             if not out_of_memory(error):
@@ -152,15 +152,16 @@ class Visit:
 
     def _forecasts(self, now: _Pass, feature: Feature) -> dict[int, Feature] | str:
         """What to inject at every tap, or why there is no forecast."""
+        assert self.plan.forecast is not None
         injected = {}
         for tap in now.record:
-            forecast = self.state.cache.predict(
-                now.keys, tap, self.plan.group, self.info.condition, self.moment.sigma, self._in_layout_of(tap, feature),
-                self.info.device,
+            predicted = self.state.cache.predict(
+                now.keys, tap, self.plan.group, self.info.condition, self.moment.sigma, self.plan.forecast,
+                self._in_layout_of(tap, feature), self.info.device,
             )
-            if isinstance(forecast, str):
-                return forecast
-            injected[tap] = forecast
+            if isinstance(predicted, str):
+                return predicted
+            injected[tap] = predicted
         return injected
 
     def at_output(self, index: int, passage: Passage) -> None:
@@ -213,12 +214,12 @@ class Visit:
                 self.fallbacks.append(reason)
             else:
                 self.stored = True
-                if self.state.cache.forecast.anchored and not entry.anchored:
+                if self.state.cache.anchored and not entry.anchored:
                     self.warnings.append("block 0's input does not fit the boundary block's output: forecast 'hold' is used")
 
     def _in_layout_of(self, index: int, feature: Feature) -> Feature | None:
         layout = self.state.blocks[index].to_boundary_layout
-        return layout(feature) if layout is not None and self.state.cache.forecast.anchored else None
+        return layout(feature) if layout is not None and self.state.cache.anchored else None
 
     def _obstacle(self) -> str | None:
         if self.state.broken:

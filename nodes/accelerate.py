@@ -47,7 +47,7 @@ class BlockDanceAccelerate(io.ComfyNode):
                     "Last block that is skipped, counted from 0. -1 is the recommended one.")),
                 io.Combo.Input("forecast", options=list(FORECASTS), default="taylor", advanced=True, tooltip=(
                     "What stands in for the skipped blocks. hold: their last output (the published method). delta: the "
-                    "current input plus their last change. taylor: that change, extrapolated.")),
+                    "current input plus their last change. taylor: that change, extrapolated; taylor2: by its curve.")),
                 io.Combo.Input("cache_device", options=list(CACHE_DEVICES), default="auto", advanced=True, tooltip=(
                     "Where features are kept. auto: on the GPU if they fit, else in CPU memory.")),
                 io.Custom("BLOCKDANCE_POLICY").Input("policy", optional=True, tooltip="A learned or calibrated policy."),

@@ -126,7 +126,7 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
             "decisions": [decisions.get(index) for index in range(len(session.figures))],
         })
 
-    session = Session(handle.config, sigmas, levels, tell)
+    session = Session(handle.config, sigmas, levels, tell, sampler_name(args[2] if len(args) > 2 else kwargs["sampler"]))
     # A latent of several parts (video and audio) arrives flattened into one row; its shapes come beside it.
     shapes = kwargs.get("latent_shapes") or [args[0].shape if args else kwargs["noise"].shape]
     session.announced_bytes = _announced_bytes(handle, guider.model_patcher, shapes)
@@ -154,6 +154,12 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
         log.info("%s", line)
         notify.send("run", {"node_id": handle.node_id, "prompt_id": prompt_id, "summary": line, "run": run})
         notify.progress_text(line, sampler_node)
+
+
+def sampler_name(sampler: Any) -> str:
+    """The name of a SAMPLER: that of its function, as far as the host tells."""
+    function = getattr(sampler, "sampler_function", None)
+    return str(getattr(function, "__name__", type(sampler).__name__)).removeprefix("sample_")
 
 
 def _prepare_sampling(

@@ -40,3 +40,23 @@ def test_damping_scales_the_extrapolated_part() -> None:
 
 def test_weights_far_beyond_two_close_sigmas_take_the_newest_alone() -> None:
     assert Forecast(anchored=True, order=1).weights([0.5, 0.5001], 0.4) == (1.0,)
+
+
+def test_order_2_is_exact_on_parabolas_and_its_weights_sum_to_1() -> None:
+    forecast = FORECASTS["taylor2"]
+    weights = forecast.weights([0.6, 0.7, 0.9], 0.4)
+    assert sum(weights) == pytest.approx(1)
+    for parabola in (lambda s: s * s, lambda s: 3 - 2 * s + 5 * s * s):
+        assert sum(w * parabola(s) for w, s in zip(weights, (0.6, 0.7, 0.9), strict=True)) == pytest.approx(parabola(0.4))
+    assert forecast.weights([0.6, 0.8, 0.8], 0.4) == pytest.approx((2.0, -1.0)), "a lower order where two are the same"
+    assert forecast.weights([0.6, 0.8], 0.4) == pytest.approx((2.0, -1.0))
+
+
+def test_damping_falls_on_every_order_once_more() -> None:
+    full, half = Forecast(True, 2), Forecast(True, 2, 0.5)
+    first, second = Forecast(True, 1).weights([0.6, 0.7, 0.9], 0.4), full.weights([0.6, 0.7, 0.9], 0.4)
+    expected = [
+        zero + 0.5 * (one - zero) + 0.25 * (two - one)
+        for zero, one, two in zip((1, 0, 0), (*first, 0), second, strict=True)
+    ]
+    assert half.weights([0.6, 0.7, 0.9], 0.4) == pytest.approx(expected)

@@ -1,0 +1,23 @@
+"""Policies: what says which steps of a run reuse, in place of a preset."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from blockdance_core.schedule import Plan, Schedule, follow
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """Exactly this plan, for a run of as many steps."""
+
+    plan: Plan
+    name: str = "fixed plan"
+
+    def check(self, family: str, depth: int) -> None:
+        """Whoever made the plan knew the model."""
+
+    def schedule(self, levels: Sequence[float], sampler: str, group_size: int) -> Schedule:
+        """The plan."""
+        return follow(self.plan)
