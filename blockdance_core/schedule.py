@@ -91,13 +91,14 @@ def follow(plan: Plan) -> Schedule:
     Each run of reuse steps is a group with the computed step before it. Its first boundary holds for all of it, and
     whatever stands before the first computed step, or in the last step, is computed.
     """
-    groups: list[list[int]] = []
+    groups: list[tuple[list[int], list[Reuse]]] = []
     for k, row in enumerate(plan[:-1]):
         if row is None:
-            groups.append([k])
+            groups.append(([k], []))
         elif groups:
-            groups[-1].append(k)
-    return _scheduled([(group, [plan[k] for k in group[1:]]) for group in groups if len(group) > 1], len(plan))
+            groups[-1][0].append(k)
+            groups[-1][1].append(row)
+    return _scheduled([group for group in groups if group[1]], len(plan))
 
 
 def build(effective: Effective, levels: Sequence[float]) -> Schedule:
@@ -165,18 +166,17 @@ def _groups(eligible: Sequence[int], size: int) -> list[range]:
     return [group for group in groups if len(group) > 1]
 
 
-def _scheduled(groups: Sequence[tuple[Sequence[int], Sequence[Reuse | None]]], count: int) -> Schedule:
+def _scheduled(groups: Sequence[tuple[Sequence[int], Sequence[Reuse]]], count: int) -> Schedule:
     """Groups of consecutive steps, the first computed and the others reusing, as rows that record what those need."""
     steps = [Step()] * count
     for number, (group, rows) in enumerate(groups):
-        boundary = next(row.boundary for row in rows if row)
+        boundary = rows[0].boundary
         steps[group[0]] = Step(CACHE, boundary, number, (boundary,))
         for k, row in zip(group[1:], rows, strict=True):
-            steps[k] = Step(REUSE, boundary, number, forecast=row.forecast if row else None)
+            steps[k] = Step(REUSE, boundary, number, forecast=row.forecast)
     for group, rows in groups:
-        history = max(row.forecast.order for row in rows if row)
+        history = max(row.forecast.order for row in rows)
         computed = [k for k in range(group[0]) if steps[k].decision != REUSE]
-        boundary = steps[group[0]].boundary
-        for k in computed[-history:] if history and boundary is not None else []:
-            steps[k] = dataclasses.replace(steps[k], record=tuple(sorted({*steps[k].record, boundary})))
+        for k in computed[-history:] if history else []:
+            steps[k] = dataclasses.replace(steps[k], record=tuple(sorted({*steps[k].record, rows[0].boundary})))
     return Schedule(tuple(steps))

@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from host import launcher, server  # noqa: E402
+from host import launcher, server
 
 __all__ = ["launcher", "server"]

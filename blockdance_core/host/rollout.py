@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import comfy.sample
