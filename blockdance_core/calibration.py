@@ -12,8 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from blockdance_core.forecast import Forecast
 from blockdance_core.schedule import Plan, Reuse
 
+Forecasts = Sequence[Sequence[Sequence[Sequence["Forecast | None"]]]]
 _UNIT = 24
 """Budgets are counted in this many parts of a step."""
 
@@ -22,19 +24,22 @@ _UNIT = 24
 class Profile:
     """What reuse costs on some prompts, for one sampler and number of steps.
 
+    A group is told by its boundary, its computed step c and its lag, the distance from c to the computed step before it.
+
     Attributes:
-        reuses: The ways to reuse that were measured, V of them.
+        boundaries: The boundaries that were measured, V of them.
         costs: Time of a reuse step of each, as a share of a computed one, [V].
-        lags: Distances from a group's computed step to the one before it that were measured, ascending.
-        errors: Distance to the full run behind a group, [prompts, V, steps, lags, longest]: of the group whose computed step
-            is c, with the computed step before it `lags` earlier, that has g steps, at [..., c, lag, g - 1]. Groups of one
-            step have none. NaN where nothing was measured.
+        lags: The lags that were measured, ascending.
+        forecasts: The best forecast for the j-th step of a group, at [v][c][lag][j]; None where there is none.
+        errors: Distance to the full run behind a group of g steps, [prompts, V, steps, lags, longest] at [..., g - 1]. A
+            group of one step has none. NaN where nothing was measured.
         gains: What a distance of 1 at the beginning of a step becomes by the end of the run, [prompts, steps + 1].
     """
 
-    reuses: tuple[Reuse, ...]
+    boundaries: tuple[int, ...]
     costs: tuple[float, ...]
     lags: tuple[int, ...]
+    forecasts: Forecasts
     errors: np.ndarray
     gains: np.ndarray
 
@@ -54,7 +59,7 @@ class Profile:
 def merged(profiles: Sequence[Profile]) -> Profile:
     """One profile of all prompts."""
     first = profiles[0]
-    if any((one.reuses, one.lags, one.steps) != (first.reuses, first.lags, first.steps) for one in profiles):
+    if any((one.boundaries, one.lags, one.forecasts) != (first.boundaries, first.lags, first.forecasts) for one in profiles):
         raise ValueError("profiles of different settings cannot be merged")
     return dataclasses.replace(
         first, costs=tuple(np.mean([one.costs for one in profiles], 0).tolist()),
@@ -107,14 +112,14 @@ def front(profile: Profile) -> list[Found]:
                     better = arrived < there
                     there[better] = arrived[better]
                     came[c + size, size, better] = (lag, way)
+    cost = dict(zip(profile.boundaries, profile.costs, strict=True))
     found: list[Found] = []
     for budget in range(budgets - 1, -1, -1):
         lag = int(best[steps, :, budget].argmin())
         loss = float(best[steps, lag, budget])
         if np.isfinite(loss):
-            plan = _backwards(came, steps, lag, budget, profile.reuses, costs)
-            found.append(Found(plan, 1 - sum(
-                1.0 if row is None else profile.costs[profile.reuses.index(row)] for row in plan) / steps, loss))
+            plan = _backwards(profile, came, lag, budget, costs, nearest)
+            found.append(Found(plan, sum(1 - cost[row.boundary] for row in plan if row) / steps, loss))
     kept: list[Found] = []
     for one in sorted(found, key=lambda one: (-one.cut, one.loss)):
         if not kept or one.loss < kept[-1].loss:
@@ -123,13 +128,14 @@ def front(profile: Profile) -> list[Found]:
 
 
 def _backwards(
-    came: np.ndarray, steps: int, lag: int, budget: int, reuses: Sequence[Reuse], costs: Sequence[int]
+    profile: Profile, came: np.ndarray, lag: int, budget: int, costs: Sequence[int], nearest: Sequence[int]
 ) -> Plan:
     rows: list[Reuse | None] = []
-    c = steps
+    c = profile.steps
     while c > 0:
         before, way = (int(value) for value in came[c, lag, budget])
-        rows[:0] = [None, *([reuses[way]] * (lag - 1))]
+        forecasts = profile.forecasts[way][c - lag][nearest[max(before, 1)]] if lag > 1 else ()
+        rows[:0] = [None, *(Reuse(profile.boundaries[way], forecasts[j] or Forecast(True)) for j in range(1, lag))]
         budget -= _UNIT + (costs[way] * (lag - 1) if lag > 1 else 0)
         c, lag = c - lag, before
     return tuple(rows)

@@ -25,14 +25,11 @@ class ConfigError(ValueError):
 
 
 class Policy(Protocol):
-    """What says, in place of preset and window, which steps reuse; see `policy.py`.
-
-    Attributes:
-        name: For messages.
-    """
+    """What says, in place of preset and window, which steps reuse; see `policy.py`."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """For messages."""
 
     def check(self, family: str, depth: int) -> None:
         """Raise a `ConfigError` unless it is for a model of this family and depth."""

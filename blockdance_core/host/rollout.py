@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any
 
 import comfy.sample
@@ -92,19 +92,24 @@ class Rollouts:
         self.noise = comfy.sample.prepare_noise(prompt.latent, prompt.seed)
         self.full = self.run([None] * prompt.steps)
 
-    def run(self, plan: Plan, replayed: Container[int] = (), until: int | None = None) -> Trajectory:
+    def run(
+        self, plan: Plan, replayed: Container[int] = (), until: int | None = None, around: Callable[..., Any] | None = None
+    ) -> Trajectory:
         """Sample.
 
         Args:
             plan: One row a step.
             replayed: Steps whose predictions are taken from the full run.
             until: Stop at the beginning of this step; the latent there is the last one in `entered`.
+            around: Wraps every call of the model: a wrapper of the host's type APPLY_MODEL.
         """
         model = attach(self.model, Config(policy=Fixed(tuple(plan))))
         trajectory = Trajectory()
         model.add_wrapper_with_key(
             WrappersMP.PREDICT_NOISE, _KEY, functools.partial(self._predict, trajectory, replayed, until)
         )
+        if around is not None:
+            model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, around)
         prompt = self.prompt
         with contextlib.suppress(_Enough):
             result = comfy.sample.sample(
