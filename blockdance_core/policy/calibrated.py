@@ -99,7 +99,8 @@ class Calibrated:
 
         Between two computed steps of the plan a count grows evenly by one. Scaled by the ratio of the numbers of steps,
         it says how many steps a run should have computed up to any noise level: a step is computed if the count passes
-        a whole number in it. So the share of computed steps stays what it is, everywhere in the run.
+        a whole number in it. Where a step would have to count for more than one, the others make up for it, so that the
+        share of computed steps stays what it is.
 
         Args:
             plan: One of `plans`.
@@ -117,7 +118,11 @@ class Calibrated:
         knots = [j for j, row in enumerate(plan) if row is None or j in (0, self.steps - 1)] + [self.steps]
         scale = self.whole(levels) / self.steps
         positions = [self.position(level) for level in levels]
-        counts = [scale * _between(knots, position) - _ROUNDING for position in positions]
+        passed = [_between(knots, position) for position in positions]
+        gains = [after - before for before, after in itertools.pairwise(passed)]
+        factor = _factor(gains, min(scale * sum(gains), count))
+        counts = list(itertools.accumulate(
+            (min(factor * gain, 1.0) for gain in gains), initial=scale * passed[0] - _ROUNDING))
         lead = 2 if part_way(levels) else 1
         computed = {k for k in range(count) if k < lead or k == count - 1 or math.ceil(counts[k]) < counts[k + 1]}
 
@@ -207,7 +212,7 @@ class SchedulePolicy:
     def _warnings(entry: Calibrated, levels: Sequence[float], sampler: str) -> tuple[str, ...]:
         count, whole = len(levels) - 1, round(entry.whole(levels))
         if sampler == entry.sampler and whole == entry.steps:
-            if entry.departure(levels) <= _SAME_LEVEL:
+            if entry.same(levels) or entry.departure(levels) <= _SAME_LEVEL:
                 return ()
             return (f"calibrated with the scheduler {entry.scheduler}, this run has other noise levels: fitted by noise level",)
         part = f" (as {whole} over the whole noise schedule)" if whole != count else ""
@@ -219,6 +224,19 @@ def _between(knots: Sequence[int], position: float) -> float:
     """The index of `position` in an ascending list, with fractions."""
     j = min(max(bisect_right(knots, position) - 1, 0), len(knots) - 2)
     return j + (position - knots[j]) / (knots[j + 1] - knots[j])
+
+
+def _factor(gains: Sequence[float], total: float) -> float:
+    """What to multiply `gains` by to make them `total` in all, if none counts for more than 1."""
+    rest = sum(gains)
+    for capped, gain in enumerate(sorted(gains, reverse=True)):
+        if gain <= _ROUNDING:
+            break
+        factor = (total - capped) / rest
+        if factor * gain <= 1 + _ROUNDING:
+            return factor
+        rest -= gain
+    return 1 / _ROUNDING
 
 
 def _ascending(values: Sequence[float]) -> bool:
