@@ -41,11 +41,11 @@ class BlockDanceLoadPolicy(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, policy_name: str) -> tuple[str, int, int]:
+    def fingerprint_inputs(cls, policy_name: str) -> str:
         """Changes when the file does."""
         path = policy_path(policy_name)
         state = os.stat(path)
-        return path, state.st_mtime_ns, state.st_size
+        return f"{path} {state.st_mtime_ns} {state.st_size}"
 
     @classmethod
     def execute(cls, policy_name: str) -> io.NodeOutput:
