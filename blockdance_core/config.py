@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from blockdance_core.schedule import Schedule
@@ -24,12 +24,17 @@ class ConfigError(ValueError):
     """A setting is out of its range; the message names the setting, the value and the range."""
 
 
+@runtime_checkable
 class Policy(Protocol):
-    """What says, in place of preset and window, which steps reuse; see `policy.py`."""
+    """What says, in place of preset and window, which steps reuse; see `policy/`."""
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """For messages and the report."""
+
+    @property
+    def boundary(self) -> int | None:
+        """The largest boundary that it may choose; None if it never reuses."""
 
     def check(self, family: str, depth: int) -> None:
         """Raise a `ConfigError` unless it is for a model of this family and depth."""
@@ -40,7 +45,7 @@ class Policy(Protocol):
         Args:
             levels: Shares of the noise schedule, see `schedule.build`.
             sampler: Name of the sampler.
-            group_size: N, the speed that is wanted.
+            group_size: N, the speed that is wanted, 2 or more.
         """
 
 
@@ -92,6 +97,11 @@ class Config:
                 f"start_percent = {self.start_percent} must be below end_percent = {self.end_percent}: "
                 "the window between them is where steps are reused. Lower the start or raise the end."
             )
+        if self.policy is not None and not isinstance(self.policy, Policy):
+            raise ConfigError(
+                f"policy is a {type(self.policy).__name__}: expected a policy. Connect the output of Load BlockDance Policy, "
+                "or nothing."
+            )
 
     @property
     def active(self) -> bool:
@@ -124,7 +134,11 @@ class Defaults:
 
 @dataclasses.dataclass(frozen=True)
 class Effective:
-    """The values in force for one model: `Config` after preset, family and depth have spoken."""
+    """The values in force for one model: `Config` after preset, family and depth have spoken.
+
+    `policy` names the policy that decides in place of preset, window and forecast, if there is one and it is in force. The
+    boundary is then the largest that it may choose.
+    """
 
     preset: str
     group_size: int
@@ -135,6 +149,7 @@ class Effective:
     depth: int
     forecast: str
     cache_device: str
+    policy: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The values as plain JSON data, with the boundary also in words."""
@@ -168,6 +183,9 @@ def resolve(config: Config, defaults: Defaults, depth: int) -> Effective:
         (start, end), window, forecast, boundary = defaults.paper_window, "steps", "hold", RECOMMENDED
     elif config.preset == "auto":
         (start, end), window, forecast, boundary = defaults.window, "noise_level", defaults.forecast, RECOMMENDED
+    policy = config.policy if config.active else None
+    if policy is not None and policy.boundary is not None:
+        boundary = policy.boundary
     return Effective(
         preset=config.preset,
         group_size=config.group_size if config.enabled else 1,
@@ -178,6 +196,7 @@ def resolve(config: Config, defaults: Defaults, depth: int) -> Effective:
         depth=depth,
         forecast=forecast,
         cache_device=config.cache_device,
+        policy=policy.name if policy is not None else None,
     )
 
 

@@ -121,8 +121,8 @@ def build(effective: Effective, levels: Sequence[float]) -> Schedule:
     warnings: list[str] = []
     if effective.group_size == 1 or count == 0:
         return Schedule((Step(),) * count, inside)
-    if _few_steps(levels, count):
-        few = f"{count} steps cover as much noise level as {FEW_STEPS} or fewer steps of a full run"
+    few = few_steps(levels)
+    if few:
         if effective.preset != "custom":
             return Schedule((Step(),) * count, inside, (f"{few}: neighbouring steps differ too much, all computed",))
         warnings.append(f"{few}: expect visible differences")
@@ -147,13 +147,22 @@ def _eligible(effective: Effective, levels: Sequence[float], count: int, inside:
     lead = 0
     if effective.window == "noise_level":
         lead = math.ceil(effective.start_percent / 2 * count - _TOLERANCE) - 1
-    if levels[0] > 0.01:
+    if part_way(levels):
         lead = max(lead, 1)
     return [k for k in inside if lead <= k < count - 1]
 
 
-def _few_steps(levels: Sequence[float], count: int) -> bool:
-    return abs(levels[-1] - levels[0]) / count >= 1 / FEW_STEPS - _TOLERANCE
+def few_steps(levels: Sequence[float]) -> str | None:
+    """In words, that the noise level falls as fast as in a full run of `FEW_STEPS` steps or fewer; None if it does not."""
+    count = len(levels) - 1
+    if abs(levels[-1] - levels[0]) / count < 1 / FEW_STEPS - _TOLERANCE:
+        return None
+    return f"{count} steps cover as much noise level as {FEW_STEPS} or fewer steps of a full run"
+
+
+def part_way(levels: Sequence[float]) -> bool:
+    """Whether a run begins part-way down the noise schedule (img2img, the second of two samplers)."""
+    return levels[0] > 0.01
 
 
 def _groups(eligible: Sequence[int], size: int) -> list[range]:

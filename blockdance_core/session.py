@@ -36,6 +36,13 @@ class StepFigures:
     depth: int = 0
 
 
+def planned(config: Config, effective: Effective, levels: Sequence[float], sampler: str) -> Schedule:
+    """The plan of a run: off goes before the policy, the policy before the preset."""
+    if config.active and config.policy is not None:
+        return config.policy.schedule(levels, sampler, config.group_size)
+    return build(effective, levels)
+
+
 class ModelState:
     """What a session knows of one executing model: its blocks, its plan and its cache."""
 
@@ -43,12 +50,9 @@ class ModelState:
         """Match the model and plan the run; a model that cannot be accelerated gets a plan without reuse."""
         self.family, self.blocks = families.find(diffusion_model)
         self.effective: Effective = resolve(config, self.family.defaults, len(self.blocks))
-        self.schedule: Schedule
-        if config.policy is None:
-            self.schedule = build(self.effective, levels)
-        else:
+        if config.active and config.policy is not None:
             config.policy.check(self.family.name, len(self.blocks))
-            self.schedule = config.policy.schedule(levels, sampler, config.group_size if config.enabled else 1)
+        self.schedule: Schedule = planned(config, self.effective, levels, sampler)
         self.cache = FeatureCache(self.schedule.anchored, self.schedule.kept)
         self.broken: str | None = None
         self.first_evaluation: int | None = None

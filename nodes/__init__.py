@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from blockdance_core.host import paths
+
 from .accelerate import BlockDanceAccelerate
+from .load_policy import BlockDanceLoadPolicy
 from .report import BlockDanceReport
 
 
 def pack_nodes() -> list[type[io.ComfyNode]]:
-    """Every node of the pack."""
-    return [BlockDanceAccelerate, BlockDanceReport]
+    """Every node of the pack. Registers the folder of policy files, which the loader lists."""
+    paths.register()
+    return [BlockDanceAccelerate, BlockDanceReport, BlockDanceLoadPolicy]

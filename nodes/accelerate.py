@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
@@ -50,7 +50,9 @@ class BlockDanceAccelerate(io.ComfyNode):
                     "current input plus their last change. taylor: that change, extrapolated; taylor2: by its curve.")),
                 io.Combo.Input("cache_device", options=list(CACHE_DEVICES), default="auto", advanced=True, tooltip=(
                     "Where features are kept. auto: on the GPU if they fit, else in CPU memory.")),
-                io.Custom("BLOCKDANCE_POLICY").Input("policy", optional=True, tooltip="A learned or calibrated policy."),
+                io.Custom("BLOCKDANCE_POLICY").Input("policy", optional=True, tooltip=(
+                    "From Load BlockDance Policy: a calibrated choice of steps, in place of preset, start, end, window, "
+                    "boundary and forecast. N says how fast.")),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -69,14 +71,13 @@ class BlockDanceAccelerate(io.ComfyNode):
         boundary: int = RECOMMENDED,
         forecast: str = "taylor",
         cache_device: str = "auto",
-        policy: object = None,
+        policy: Any = None,
     ) -> io.NodeOutput:
         """Returns the accelerated clone, or the model itself where it cannot be accelerated, and says so."""
-        if policy is not None:
-            raise ValueError("This version of BlockDance cannot use a policy yet: disconnect the input `policy`.")
         config = Config(
             enabled=enabled, preset=preset, group_size=group_size, start_percent=start_percent, end_percent=end_percent,
             window=window, boundary=boundary, forecast=forecast, cache_device=cache_device,
+            policy=policy,
         )
         node_id = getattr(cls.hidden, "unique_id", None)
         try:
@@ -88,9 +89,14 @@ class BlockDanceAccelerate(io.ComfyNode):
             return io.NodeOutput(model)
         handle = handle_of(accelerated)
         if handle is not None:
-            message = "off: every block is computed" if not config.active else f"skips {handle.effective.boundary_label}"
+            effective = handle.effective
+            message = (
+                "off: every block is computed" if not config.active
+                else f"follows the policy {effective.policy}" if effective.policy
+                else f"skips {effective.boundary_label}"
+            )
             notify.send("status", {
                 "node_id": node_id, "supported": True, "message": message,
-                "effective": handle.effective.as_dict() | {"model_family": handle.family},
+                "effective": effective.as_dict() | {"model_family": handle.family},
             })
         return io.NodeOutput(accelerated)

@@ -5,7 +5,7 @@ import { addPanel, chain, element } from "./panel.js";
 import { noteTexts, percent, reusedText, sentence, settingsText, timeText } from "./run.js";
 import { Timeline } from "./timeline.js";
 
-/** Set by the presets `auto` and `paper`, so inactive under them. */
+/** Set by the presets `auto` and `paper`, so inactive under them; a policy decides in place of these and the preset. */
 const PRESET_WIDGETS = ["start_percent", "end_percent", "window", "boundary", "forecast"];
 const REMEMBERED = 50; // nodes
 
@@ -34,12 +34,12 @@ export class AccelerateView {
     this.node = node;
     /** @type {State} */
     this.state = {};
-    /** @type {Map<any, string>} the widgets that a preset sets, with their own labels */
-    this.presetWidgets = new Map();
+    /** @type {Map<any, string>} the widgets that a preset or a policy overrides, with their own labels */
+    this.overridable = new Map();
 
     for (const widget of node.widgets) {
       chain(widget, "callback", () => this.#settingsChanged());
-      if (PRESET_WIDGETS.includes(widget.name)) this.presetWidgets.set(widget, widget.label ?? widget.name);
+      if (["preset", ...PRESET_WIDGETS].includes(widget.name)) this.overridable.set(widget, widget.label ?? widget.name);
     }
 
     this.headline = element("div", "blockdance-headline");
@@ -91,7 +91,8 @@ export class AccelerateView {
     if (this.#value("enabled") === false) return "Off: every step is computed.";
     if (this.#value("group_size") === 1) return "Off (N = 1): every step is computed.";
     if (status && !status.supported) return status.message;
-    if (status?.effective) return settingsText(status.effective);
+    const effective = this.#effective();
+    if (effective) return settingsText(effective);
     return "Values in force are shown after the first run.";
   }
 
@@ -106,24 +107,35 @@ export class AccelerateView {
     return this.node.widgets.find((/** @type {any} */ widget) => widget.name === name)?.value;
   }
 
+  #hasPolicy() {
+    return this.node.inputs?.find((/** @type {any} */ input) => input.name === "policy")?.link != null;
+  }
+
+  /** The values in force; undefined where they were told before a policy was connected or taken away. */
+  #effective() {
+    const effective = this.state.status?.effective;
+    return !!effective?.policy === this.#hasPolicy() ? effective : undefined;
+  }
+
   #settingsChanged() {
     this.update({ status: undefined }); // the values in force are known again when the node executes
   }
 
-  /** Disable what the preset overrides and put the value in force into the label. Saved values stay as they are. */
+  /** Disable what preset or policy override and put the value in force into the label. Saved values stay as they are. */
   #markInactive() {
     const preset = this.#value("preset");
-    const inactive = preset === "auto" || preset === "paper";
-    for (const [widget, ownLabel] of this.presetWidgets) {
+    for (const [widget, ownLabel] of this.overridable) {
       const label = this.#slot(widget.name)?.label ?? ownLabel; // the slot has a label where the user renamed it
-      widget.disabled = inactive;
-      widget.label = inactive ? `${label} (${this.#inForce(widget.name) ?? preset})` : label;
+      const byPreset = widget.name !== "preset" && (preset === "auto" || preset === "paper");
+      const value = this.#hasPolicy() ? "policy" : byPreset ? (this.#inForce(widget.name) ?? preset) : undefined;
+      widget.disabled = value !== undefined;
+      widget.label = value === undefined ? label : `${label} (${value})`;
     }
   }
 
   /** @param {string} name @returns {string | undefined} */
   #inForce(name) {
-    const effective = this.state.status?.effective;
+    const effective = this.#effective();
     if (!effective) return undefined;
     if (name === "boundary") return effective.boundary_label;
     return typeof effective[name] === "number" ? effective[name].toFixed(2) : effective[name];

@@ -115,6 +115,7 @@ export function timeText(run) {
  * @returns {string} for example `Skips 21 of 28 blocks on reuse steps, window 40 % to 95 % of the noise level, ...`
  */
 export function settingsText(effective) {
+  if (effective.policy) return `Policy ${effective.policy}, N = ${effective.group_size}`;
   const of = effective.window === "steps" ? "of the steps" : "of the noise level";
   return [
     effective.boundary_label ? `Skips ${effective.boundary_label} on reuse steps` : "",

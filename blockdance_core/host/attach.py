@@ -22,18 +22,19 @@ from comfy.patcher_extension import WrappersMP
 
 from blockdance_core import families
 from blockdance_core.config import Config, Effective, resolve
-from blockdance_core.forecast import FORECASTS
 from blockdance_core.host import identity, notify
 from blockdance_core.host.levels import noise_levels
 from blockdance_core.interception import taps
 from blockdance_core.report import run_record, summary
-from blockdance_core.session import Session
+from blockdance_core.session import Session, planned
 from blockdance_core.visit import CallInfo
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
     from comfy.model_patcher import ModelPatcher
     from comfy.patcher_extension import WrapperExecutor
+
+    from blockdance_core.schedule import Schedule
 
 log = logging.getLogger(__name__)
 KEY = "blockdance"
@@ -51,17 +52,19 @@ class Handle:
         effective: The settings in force for this model.
         family: Name of the model family.
         width: Width of the model's tokens, for the estimate before the first evaluation.
-        stored_blocks: Number of blocks whose output is stored.
+        taps: For every boundary, the blocks whose output is stored.
     """
 
     def __init__(self, config: Config, node_id: str | None, match: families.Match) -> None:
         self.config = config
         self.node_id = node_id
-        self.effective: Effective = resolve(config, match.family.defaults, len(match.blocks))
         self.family = match.family.name
+        if config.active and config.policy is not None:
+            config.policy.check(self.family, len(match.blocks))
+        self.effective: Effective = resolve(config, match.family.defaults, len(match.blocks))
         shapes = [min(parameter.shape) for parameter in match.blocks[0].module.parameters() if parameter.ndim == 2]
         self.width = statistics.mode(shapes) if shapes else 0
-        self.stored_blocks = len(taps(match.blocks, self.effective.boundary))
+        self.taps = [taps(match.blocks, boundary) for boundary in range(len(match.blocks))]
         self._runs: collections.deque[tuple[str | None, dict[str, Any]]] = collections.deque(maxlen=_MAX_RUNS)
 
     def add(self, run: dict[str, Any], prompt_id: str | None) -> None:
@@ -86,7 +89,7 @@ def attach(model: ModelPatcher, config: Config, node_id: str | None = None) -> M
 
     Raises:
         UnsupportedModelError: No list of blocks that can be skipped was found.
-        ConfigError: The boundary is outside the depth of the model.
+        ConfigError: The boundary is outside the depth of the model, or the policy is for another model.
     """
     diffusion_model = model.get_model_object("diffusion_model")
     handle = Handle(config, node_id, families.find(diffusion_model))
@@ -126,10 +129,12 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
             "decisions": [decisions.get(index) for index in range(len(session.figures))],
         })
 
-    session = Session(handle.config, sigmas, levels, tell, sampler_name(args[2] if len(args) > 2 else kwargs["sampler"]))
+    sampler = sampler_name(args[2] if len(args) > 2 else kwargs["sampler"])
+    session = Session(handle.config, sigmas, levels, tell, sampler)
     # A latent of several parts (video and audio) arrives flattened into one row; its shapes come beside it.
     shapes = kwargs.get("latent_shapes") or [args[0].shape if args else kwargs["noise"].shape]
-    session.announced_bytes = _announced_bytes(handle, guider.model_patcher, shapes)
+    plan = planned(handle.config, handle.effective, levels, sampler)
+    session.announced_bytes = _announced_bytes(handle, guider.model_patcher, shapes, plan)
     before = guider.model_options
     guider.model_options = create_model_options_clone(before)
     options = guider.model_options.setdefault("transformer_options", {})
@@ -174,15 +179,15 @@ def _prepare_sampling(
     return executor(model, noise_shape, conds, model_options, *args, **kwargs)
 
 
-def _announced_bytes(handle: Handle, model: ModelPatcher, shapes: Sequence[Sequence[int]]) -> int:
+def _announced_bytes(handle: Handle, model: ModelPatcher, shapes: Sequence[Sequence[int]], plan: Schedule) -> int:
     """Estimate of the bytes to be stored on the model's device, before anything is known of the tokens."""
-    if not handle.config.active or handle.config.cache_device == "cpu" or model_management.is_device_cpu(model.load_device):
+    if not plan.boundaries or handle.config.cache_device == "cpu" or model_management.is_device_cpu(model.load_device):
         return 0
     patch = getattr(model.get_model_object("diffusion_model"), "patch_size", None) or 2
     per_token = math.prod(patch) if isinstance(patch, (tuple, list)) else int(patch) ** 2
     tokens = sum(math.prod(shape[2:]) for shape in shapes) // per_token + _TEXT_TOKENS
     element = model.model.get_dtype_inference().itemsize
-    stored = handle.stored_blocks * (FORECASTS[handle.effective.forecast].order + 1)
+    stored = len({tap for boundary in plan.boundaries for tap in handle.taps[boundary]}) * plan.kept
     return 2 * shapes[0][0] * tokens * handle.width * element * stored
 
 

@@ -67,6 +67,23 @@ def test_status_after_change_of_a_setting_is_no_longer_shown(page: NodePage) -> 
     expect(page.panel(1)).to_have_text("Values in force are shown after the first run.")
 
 
+def test_connected_policy_disables_what_it_overrides_and_keeps_values(page: NodePage) -> None:
+    page.load(accelerate(preset="custom"), node(2, "BlockDanceLoadPolicy", ["a.safetensors"], x=500))
+    page.send("status", node_id="1", supported=True, message="", effective={**EFFECTIVE, "preset": "custom"})
+    expect(page.panel(1)).to_contain_text("Skips 21 of 28 blocks")
+    link = "() => { const { graph } = window.app; graph.getNodeById(2).connect(0, graph.getNodeById(1), 'policy'); }"
+    page.js(link)
+    assert disabled(page) == ("preset", *SET_BY_PRESET)
+    assert page.widgets(1)["boundary"]["label"] == "boundary (policy)"
+    expect(page.panel(1)).to_have_text("Values in force are shown after the first run.")
+    page.send("status", node_id="1", supported=True, message="", effective={**EFFECTIVE, "policy": "tiny"})
+    expect(page.panel(1)).to_have_text("Policy tiny, N = 2")
+    page.js("() => { const node = window.app.graph.getNodeById(1); node.disconnectInput(node.findInputSlot('policy')); }")
+    assert disabled(page) == ()
+    assert page.widgets(1)["preset"]["label"] == "preset"
+    assert [widget["value"] for widget in page.widgets(1).values()] == [True, "custom", *VALUES[2:]]
+
+
 def test_run_of_a_silent_node_gives_the_values_in_force(page: NodePage) -> None:
     page.load(accelerate())
     page.send("run", node_id="1", summary=SUMMARY, run=RUN)

@@ -10,7 +10,7 @@ import pytest
 from browser.page import EXTENSION, NodePage, accelerate
 from playwright.sync_api import expect
 
-NODES = ("BlockDanceAccelerate", "BlockDanceReport")
+NODES = ("BlockDanceAccelerate", "BlockDanceReport", "BlockDanceLoadPolicy")
 
 
 def fetch(url: str) -> str:

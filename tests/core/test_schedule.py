@@ -186,7 +186,7 @@ def test_explicit_plan_is_followed_and_the_last_step_and_a_reuse_without_a_featu
     plan = follow([low, None, low, low, None, None, high, None, None, low])
     assert letters(plan) == ".Crr.Cr..."
     assert [step.boundary for step in plan.steps] == [None, 3, 3, 3, None, 7, 7, None, None, None]
-    assert [step.record for step in plan.steps] == [(), (3,), (), (), (), (7,), (), (), (), ()]
+    assert [step.record for step in plan.steps] == [(3,), (3,), (), (), (), (7,), (), (), (), ()]
     assert [step.forecast for step in plan.steps if step.forecast] == [low.forecast, low.forecast, high.forecast]
     assert (plan.kept, plan.anchored) == (2, True)
 

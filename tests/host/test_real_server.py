@@ -20,6 +20,10 @@ import safetensors.torch
 from host import launcher, server
 from PIL import Image
 
+from blockdance_core.forecast import FORECASTS
+from blockdance_core.policy import Calibrated, SchedulePolicy, save
+from blockdance_core.schedule import Reuse
+
 pytestmark = pytest.mark.smoke
 
 WORKFLOW = json.loads((Path(__file__).parents[2] / "demo" / "workflow_api.json").read_text(encoding="utf-8"))
@@ -163,6 +167,38 @@ def test_bad_values_on_the_server_name_the_node_and_the_range(client: Client) ->
     assert "start_percent = 0.9" in json.dumps(entry["status"])
     entry = client.finished(client.queue(1, preset="custom", boundary=99))
     assert "the range is 0 to" in json.dumps(entry["status"])
+
+
+def test_policy_file_is_listed_loaded_and_loaded_again_when_it_changes(client: Client) -> None:
+    prompt = copy.deepcopy(TINY)
+    prompt["2"]["inputs"]["policy"] = ["6", 0]
+    prompt["6"] = {"class_type": "BlockDanceLoadPolicy", "inputs": {"policy_name": "tiny.safetensors"}}
+    folder = client.base / "models" / "blockdance"
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        client.queue(1, prompt)
+    assert str(folder) in json.loads(refused.value.read())["node_errors"]["6"]["errors"][0]["details"]
+
+    def saved(letters: str, family: str = "SD3") -> None:
+        rows = tuple(Reuse(5, FORECASTS["hold"]) if letter == "r" else None for letter in letters)
+        one = Calibrated("euler", "simple", tuple(k / 10 for k in range(11)), (rows,), (0.2,), (0.0,))
+        save(SchedulePolicy("tiny", family, 8, (one,)), folder / "tiny.safetensors")
+
+    saved("..........")
+    listed = client.get("/object_info/BlockDanceLoadPolicy")["BlockDanceLoadPolicy"]["input"]["required"]["policy_name"]
+    assert "tiny.safetensors" in json.dumps(listed)
+    settings = {"steps": 10, "sampler_name": "euler", "scheduler": "simple"}
+    full = client.latent(client.queue(1, TINY, enabled=False, **settings))
+    assert client.latent(client.queue(1, prompt, **settings)) == full
+    saved("...rr..rr.")
+    reused = client.latent(client.queue(1, prompt, **settings))
+    assert reused != full
+    assert client.latent(client.queue(1, prompt, enabled=False, **settings)) == full
+    saved("...rr..rr.", "Flux")
+    entry = client.finished(client.queue(1, prompt, **settings))
+    assert "calibrated for Flux with 8 blocks; this model is SD3" in json.dumps(entry["status"])
+    (folder / "tiny.safetensors").write_bytes(b"garbage")
+    entry = client.finished(client.queue(1, prompt, **settings))
+    assert "Cannot use the policy file" in json.dumps(entry["status"])
 
 
 def test_cancelled_while_others_wait_the_others_are_unharmed(client: Client) -> None:

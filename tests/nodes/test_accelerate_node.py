@@ -37,7 +37,7 @@ def execute(node: Any, model: ModelPatcher, **values: Any) -> ModelPatcher:
 
 
 def test_nodes_of_the_pack(nodes: dict[str, Any]) -> None:
-    assert list(nodes)[:2] == ["BlockDanceAccelerate", "BlockDanceReport"]
+    assert list(nodes)[:3] == ["BlockDanceAccelerate", "BlockDanceReport", "BlockDanceLoadPolicy"]
 
 
 def test_schema_ids_order_defaults_and_advanced_flags_are_the_api(accelerate: Any) -> None:
@@ -60,7 +60,7 @@ def test_schema_ids_order_defaults_and_advanced_flags_are_the_api(accelerate: An
     ]
     options = {i.id: list(i.options) for i in schema.inputs if i.get_io_type() == "COMBO"}
     assert options == {"preset": ["auto", "paper", "custom"], "window": ["noise_level", "steps"],
-                       "forecast": ["taylor", "delta", "hold"], "cache_device": ["auto", "gpu", "cpu"]}
+                       "forecast": ["taylor", "taylor2", "delta", "hold"], "cache_device": ["auto", "gpu", "cpu"]}
     limits = {i.id: (i.min, i.max) for i in schema.inputs if i.get_io_type() in ("INT", "FLOAT")}
     assert limits["group_size"][0] == 1
     assert limits["boundary"][0] == -1
@@ -132,8 +132,8 @@ def test_a_model_that_cannot_be_accelerated_passes_through_untouched_and_says_so
     ({"preset": "custom", "boundary": 8}, ("boundary", "8", "0 to 7")),
     ({"preset": "custom", "boundary": -2}, ("boundary", "-2", "-1")),
     ({"preset": "fast"}, ("preset", "fast", "auto, paper, custom")),
-    ({"forecast": "cubic"}, ("forecast", "cubic", "taylor, delta, hold")),
-    ({"policy": object()}, ("policy",)),
+    ({"forecast": "cubic"}, ("forecast", "cubic", "taylor, taylor2, delta, hold")),
+    ({"policy": object()}, ("policy is a object", "Load BlockDance Policy")),
 ])
 def test_bad_values_are_errors_at_the_node(values: dict[str, Any], parts: tuple[str, ...], accelerate: Any) -> None:
     with pytest.raises(ValueError) as error:

@@ -1,4 +1,4 @@
-"""Policies: what says which steps of a run reuse, in place of a preset."""
+"""A policy of one plan, for calibrations and tests."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ class Fixed:
 
     plan: Plan
     name: str = "fixed plan"
+
+    @property
+    def boundary(self) -> int | None:
+        """The largest boundary of the plan."""
+        return max((row.boundary for row in self.plan if row), default=None)
 
     def check(self, family: str, depth: int) -> None:
         """Whoever made the plan knew the model."""

@@ -1,0 +1,49 @@
+"""Where policy files are: `models/blockdance`, and what `extra_model_paths.yaml` names `blockdance`.
+
+Host: folder_paths.py, v0.30.0; the functions used are the same in v0.16.3.
+"""
+
+from __future__ import annotations
+
+import os
+
+import folder_paths
+
+_FOLDER = "blockdance"
+
+
+def register() -> None:
+    """Tell the host about the folder; more than once does no harm."""
+    folder_paths.add_model_folder_path(_FOLDER, os.path.join(folder_paths.models_dir, _FOLDER))
+    paths, _ = folder_paths.folder_names_and_paths[_FOLDER]
+    folder_paths.folder_names_and_paths[_FOLDER] = (paths, {".safetensors"})
+
+
+def policy_folders() -> list[str]:
+    """Every folder that is looked in, the host's own among them."""
+    return list(folder_paths.get_folder_paths(_FOLDER))
+
+
+def policy_files() -> list[str]:
+    """Names of all policy files, relative to their folder, sorted."""
+    return list(folder_paths.get_filename_list(_FOLDER))
+
+
+def policy_path(name: str) -> str:
+    """The file of that name.
+
+    Raises:
+        FileNotFoundError: None of the folders lists it; the message says where policy files belong.
+    """
+    path = folder_paths.get_full_path(_FOLDER, name) if name in policy_files() else None
+    if path is None:
+        raise FileNotFoundError(f"{_missing(name)} Put policy files (.safetensors) into {' or '.join(policy_folders())}, "
+                                "then reload the page.")
+    return path
+
+
+def _missing(name: str) -> str:
+    files = policy_files()
+    if not files:
+        return "There is no policy file."
+    return f"There is no policy file {name!r}, only {', '.join(files[:20])}{' ...' if len(files) > 20 else ''}."

@@ -1,0 +1,248 @@
+"""Schedules that a calibration found, and how they are fitted to a run that differs from the calibrated one."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from blockdance_core.config import ConfigError
+from blockdance_core.schedule import REUSE, Plan, Reuse, Schedule, Step, few_steps, follow, part_way
+
+_SAME_LEVEL = 1e-3
+_ROUNDING = 1e-6
+_MAX_ORDER = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """What was found for one sampler and one number of steps.
+
+    Attributes:
+        sampler: Name of the sampler's function, such as `euler` or `dpmpp_2m`.
+        scheduler: Name of the scheduler.
+        levels: Shares of the noise schedule at the start of every step and at the end of the last, n + 1 values,
+            ascending, 0 to 1; see `schedule.build`.
+        plans: One plan of n steps for each speed.
+        cuts: Share of DiT time that each plan saves, ascending, 0 to 1.
+        losses: Mean squared error at the end that is expected of each plan.
+
+    Raises:
+        ConfigError: The values do not fit together, or one is out of its range.
+    """
+
+    sampler: str
+    scheduler: str
+    levels: tuple[float, ...]
+    plans: tuple[Plan, ...]
+    cuts: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        of = f"the calibration of {self.sampler}: "
+        _require(self.steps >= 1, f"{of}it has no steps")
+        _require(all(math.isfinite(level) and 0 <= level <= 1 for level in self.levels),
+                 f"{of}levels must be shares from 0 to 1")
+        _require(_ascending(self.levels) and self.levels[0] < self.levels[-1], f"{of}levels must ascend")
+        _require(len(self.plans) >= 1, f"{of}it has no plan")
+        _require(len(self.plans) == len(self.cuts) == len(self.losses),
+                 f"{of}{len(self.plans)} plans, {len(self.cuts)} cuts and {len(self.losses)} losses, expected as many of each")
+        _require(all(len(plan) == self.steps for plan in self.plans), f"{of}a plan must have {self.steps} steps")
+        _require(all(0 <= cut < 1 for cut in self.cuts) and _ascending(self.cuts),
+                 f"{of}cuts must ascend, and be shares from 0 to below 1")
+        _require(all(math.isfinite(loss) and loss >= 0 for loss in self.losses), f"{of}losses must be 0 or more")
+        for row in {row for plan in self.plans for row in plan if row}:
+            _require(row.boundary >= 0, f"{of}boundary {row.boundary} must be 0 or more")
+            _require(0 <= row.forecast.order <= _MAX_ORDER,
+                     f"{of}order {row.forecast.order} of a forecast must be 0 to {_MAX_ORDER}")
+            _require(0 <= row.forecast.damping <= 1, f"{of}damping {row.forecast.damping} of a forecast must be 0 to 1")
+
+    @property
+    def steps(self) -> int:
+        """Number of steps that were calibrated."""
+        return len(self.levels) - 1
+
+    def position(self, level: float) -> float:
+        """How many of the calibrated steps are over at a noise level, 0 to n, with fractions."""
+        if level <= self.levels[0]:
+            return 0.0
+        if level >= self.levels[-1]:
+            return float(self.steps)
+        k = bisect_right(self.levels, level) - 1
+        return k + (level - self.levels[k]) / (self.levels[k + 1] - self.levels[k])
+
+    def whole(self, levels: Sequence[float]) -> float:
+        """How many steps a run would have over the whole noise schedule, if it went on as it does in its part."""
+        share = (self.position(levels[-1]) - self.position(levels[0])) / self.steps
+        return (len(levels) - 1) / max(share, _ROUNDING)
+
+    def same(self, levels: Sequence[float]) -> bool:
+        """Whether a run has exactly the calibrated steps."""
+        return len(levels) == len(self.levels) and all(
+            abs(one - other) <= _SAME_LEVEL for one, other in zip(levels, self.levels, strict=True))
+
+    def departure(self, levels: Sequence[float]) -> float:
+        """How far a run's levels are from those it would have if its steps were spaced like the calibrated ones, mean."""
+        first, last, count = self.position(levels[0]), self.position(levels[-1]), len(levels) - 1
+        return sum(
+            abs(level - self._level(first + (last - first) * k / count)) for k, level in enumerate(levels)) / len(levels)
+
+    def _level(self, position: float) -> float:
+        k = min(int(position), self.steps - 1)
+        return self.levels[k] + (position - k) * (self.levels[k + 1] - self.levels[k])
+
+    def fitted(self, plan: Plan, levels: Sequence[float]) -> Plan:
+        """The same plan for other steps, by noise level.
+
+        Between two computed steps of the plan a count grows evenly by one. Scaled by the ratio of the numbers of steps,
+        it says how many steps a run should have computed up to any noise level: a step is computed if the count passes
+        a whole number in it. Where a step would have to count for more than one, the others make up for it, so that the
+        share of computed steps stays what it is.
+
+        Args:
+            plan: One of `plans`.
+            levels: Shares of the noise schedule at the start of every step and at the end of the last, ascending.
+
+        Returns:
+            One row a step. The first and the last are computed; of a run that begins part-way, the first two.
+        """
+        count = len(levels) - 1
+        if self.same(levels):
+            return plan
+        reused = [j for j, row in enumerate(plan) if row]
+        if not reused:
+            return (None,) * count
+        knots = [j for j, row in enumerate(plan) if row is None or j in (0, self.steps - 1)] + [self.steps]
+        scale = self.whole(levels) / self.steps
+        positions = [self.position(level) for level in levels]
+        passed = [_between(knots, position) for position in positions]
+        gains = [after - before for before, after in itertools.pairwise(passed)]
+        factor = _factor(gains, min(scale * sum(gains), count))
+        counts = list(itertools.accumulate(
+            (min(factor * gain, 1.0) for gain in gains), initial=scale * passed[0] - _ROUNDING))
+        lead = 2 if part_way(levels) else 1
+        computed = {k for k in range(count) if k < lead or k == count - 1 or math.ceil(counts[k]) < counts[k + 1]}
+
+        def nearest(position: float) -> Reuse | None:
+            return plan[min(reused, key=lambda j: abs(j - position))]
+
+        return tuple(None if k in computed else nearest(positions[k]) for k in range(count))
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulePolicy:
+    """Calibrated schedules of one model.
+
+    Attributes:
+        name: For messages and the report.
+        family: Name of the model family.
+        depth: Number of blocks of the model.
+        entries: What was calibrated, one entry for each sampler, scheduler and number of steps.
+        record: How it was calibrated, as plain JSON data.
+
+    Raises:
+        ConfigError: There is nothing in it, or a boundary is outside the depth.
+    """
+
+    name: str
+    family: str
+    depth: int
+    entries: tuple[Calibrated, ...]
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.family), "the model family has no name")
+        _require(self.depth >= 1, f"depth {self.depth} must be 1 or more")
+        _require(bool(self.entries), "it holds no calibrated schedule")
+        boundary = self.boundary
+        _require(boundary is None or boundary < self.depth,
+                 f"boundary {boundary} is outside the depth of {self.depth} blocks")
+
+    @property
+    def boundary(self) -> int | None:
+        """The largest boundary of any plan."""
+        rows = (row for entry in self.entries for plan in entry.plans for row in plan)
+        return max((row.boundary for row in rows if row), default=None)
+
+    def check(self, family: str, depth: int) -> None:
+        """Raise a `ConfigError` unless it is for a model of this family and depth."""
+        if (family, depth) != (self.family, self.depth):
+            raise ConfigError(
+                f"The policy {self.name} was calibrated for {self.family} with {self.depth} blocks; this model is {family} "
+                f"with {depth} blocks. Load a policy for this model, or disconnect the input `policy`."
+            )
+
+    def schedule(self, levels: Sequence[float], sampler: str, group_size: int) -> Schedule:
+        """The plan of a run: that of the nearest calibration, at the highest speed that N allows, fitted to its steps.
+
+        Args:
+            levels: Shares of the noise schedule, see `schedule.build`.
+            sampler: Name of the sampler.
+            group_size: N: the cut is at most 1 - 1/N. 1 computes everything.
+        """
+        count = max(len(levels) - 1, 0)
+        full = Schedule((Step(),) * count)
+        if group_size == 1 or count == 0:
+            return full
+        if not _ascending(levels) or levels[0] == levels[-1]:
+            return dataclasses.replace(full, warnings=("the noise level rises: the policy does not apply, all computed",))
+        few = few_steps(levels)
+        if few and not any(round(entry.whole(levels)) == entry.steps for entry in self.entries):
+            return dataclasses.replace(full, warnings=(f"{few}: neighbouring steps differ too much, all computed",))
+        entry = min(self.entries, key=lambda entry: (
+            entry.sampler != sampler, not entry.same(levels),
+            round(abs(math.log(entry.whole(levels) / entry.steps)), 3), entry.departure(levels)))
+        allowed = [index for index, cut in enumerate(entry.cuts) if cut <= 1 - 1 / group_size + _ROUNDING]
+        plan = entry.plans[max(allowed, default=0)]
+        warnings = self._warnings(entry, levels, sampler)
+        if not allowed:
+            warnings += (f"N = {group_size} is slower than anything in {self.name}: its slowest schedule is used",)
+        scheduled = follow(entry.fitted(plan, levels))
+        busy = [k for k, step in enumerate(scheduled.steps) if step.group is not None]
+        reuses = any(step.decision == REUSE for step in scheduled.steps)
+        if not reuses and any(plan):
+            warnings += ("no step can be reused: the run has too few steps",)
+        return dataclasses.replace(
+            scheduled, window=tuple(range(busy[0], busy[-1] + 1)) if busy else (), warnings=warnings)
+
+    @staticmethod
+    def _warnings(entry: Calibrated, levels: Sequence[float], sampler: str) -> tuple[str, ...]:
+        count, whole = len(levels) - 1, round(entry.whole(levels))
+        if sampler == entry.sampler and whole == entry.steps:
+            if entry.same(levels) or entry.departure(levels) <= _SAME_LEVEL:
+                return ()
+            return (f"calibrated with the scheduler {entry.scheduler}, this run has other noise levels: fitted by noise level",)
+        part = f" (as {whole} over the whole noise schedule)" if whole != count else ""
+        return (f"calibrated for {entry.steps} steps of {entry.sampler}, this run has {count}{part} of {sampler}: "
+                "fitted by noise level",)
+
+
+def _between(knots: Sequence[int], position: float) -> float:
+    """The index of `position` in an ascending list, with fractions."""
+    j = min(max(bisect_right(knots, position) - 1, 0), len(knots) - 2)
+    return j + (position - knots[j]) / (knots[j + 1] - knots[j])
+
+
+def _factor(gains: Sequence[float], total: float) -> float:
+    """What to multiply `gains` by to make them `total` in all, if none counts for more than 1."""
+    rest = sum(gains)
+    for capped, gain in enumerate(sorted(gains, reverse=True)):
+        if gain <= _ROUNDING:
+            break
+        factor = (total - capped) / rest
+        if factor * gain <= 1 + _ROUNDING:
+            return factor
+        rest -= gain
+    return 1 / _ROUNDING
+
+
+def _ascending(values: Sequence[float]) -> bool:
+    return all(one <= other for one, other in itertools.pairwise(values))
+
+
+def _require(ok: bool, reason: str) -> None:
+    if not ok:
+        raise ConfigError(f"{reason}.")

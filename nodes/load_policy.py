@@ -1,0 +1,53 @@
+"""BlockDanceLoadPolicy: a policy file -> BLOCKDANCE_POLICY."""
+
+from __future__ import annotations
+
+import os
+
+from comfy_api.latest import io
+
+from blockdance_core.host.paths import policy_files, policy_path
+from blockdance_core.policy import load
+
+PolicyType = io.Custom("BLOCKDANCE_POLICY")
+
+
+class BlockDanceLoadPolicy(io.ComfyNode):
+    """Reads a file of `models/blockdance`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Ids and order are API. The list of files is made anew whenever the page asks for it."""
+        return io.Schema(
+            node_id="BlockDanceLoadPolicy",
+            display_name="Load BlockDance Policy",
+            category="model/BlockDance",
+            description="Loads a policy: a choice of the steps that reuse, calibrated for one model.",
+            search_aliases=["schedule", "calibration", "calibrated"],
+            inputs=[
+                io.Combo.Input("policy_name", options=policy_files(), tooltip=(
+                    "A file of models/blockdance. It is for one model family and depth.")),
+            ],
+            outputs=[PolicyType.Output(display_name="policy", tooltip="For the input `policy` of BlockDance Accelerate.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, policy_name: str) -> bool | str:
+        """Says where files belong if there is none of that name."""
+        try:
+            policy_path(policy_name)
+        except FileNotFoundError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, policy_name: str) -> str:
+        """Changes when the file does."""
+        path = policy_path(policy_name)
+        state = os.stat(path)
+        return f"{path} {state.st_mtime_ns} {state.st_size}"
+
+    @classmethod
+    def execute(cls, policy_name: str) -> io.NodeOutput:
+        """Returns the policy; a damaged file is an error that names it."""
+        return io.NodeOutput(load(policy_path(policy_name)))
