@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from blockdance_core.forecast import Forecast
 from blockdance_core.schedule import Plan, Reuse
 
+CANDIDATES = (
+    Forecast(True), *(Forecast(True, order, damping) for order in (1, 2) for damping in (0.25, 0.5, 0.75, 1.0))
+)
+"""Forecasts to choose from for each step of a group; of equally good ones the first is taken."""
 Forecasts = Sequence[Sequence[Sequence[Sequence["Forecast | None"]]]]
 _UNIT = 24
 """Budgets are counted in this many parts of a step."""
@@ -56,6 +61,23 @@ class Profile:
         return np.asarray(np.square(self.errors * gains).mean(0))
 
 
+def chosen(errors: np.ndarray) -> Forecasts:
+    """The best candidates.
+
+    Args:
+        errors: Squared error of every candidate, [V, steps, lags, longest, candidates]; NaN where it does not apply.
+    """
+    indices = np.nan_to_num(errors, nan=np.inf).argmin(-1)
+    known = np.isfinite(errors).any(-1)
+
+    def named(index: np.ndarray, there: np.ndarray) -> list[Any]:
+        if index.ndim == 1:
+            return [CANDIDATES[one] if yes else None for one, yes in zip(index, there, strict=True)]
+        return [named(*pair) for pair in zip(index, there, strict=True)]
+
+    return named(indices, known)
+
+
 def merged(profiles: Sequence[Profile]) -> Profile:
     """One profile of all prompts."""
     first = profiles[0]
@@ -82,10 +104,12 @@ class Found:
     loss: float
 
 
-def front(profile: Profile) -> list[Found]:
+def front(profile: Profile, lead: int = 1) -> list[Found]:
     """The best schedules, by ascending cut: none is worse than another one at the same or a higher cut.
 
-    The first and the last step are computed in each.
+    Args:
+        profile: What reuse costs.
+        lead: So many steps at the beginning are computed, and so is the last.
     """
     steps, longest = profile.steps, profile.errors.shape[4]
     losses = np.nan_to_num(profile.losses(), nan=np.inf, posinf=np.inf)
@@ -102,7 +126,7 @@ def front(profile: Profile) -> list[Found]:
             if not np.isfinite(here).any():
                 continue
             for size in range(1, min(longest, steps - c) + 1):
-                if size > 1 and c + size > steps - 1:
+                if size > 1 and (c + size > steps - 1 or c + 1 < lead):
                     continue
                 for way in range(len(costs)) if size > 1 else (-1,):
                     spent = _UNIT + (costs[way] * (size - 1) if size > 1 else 0)
@@ -118,7 +142,7 @@ def front(profile: Profile) -> list[Found]:
         lag = int(best[steps, :, budget].argmin())
         loss = float(best[steps, lag, budget])
         if np.isfinite(loss):
-            plan = _backwards(profile, came, lag, budget, costs, nearest)
+            plan = _backwards(profile, came, lag, budget, costs)
             found.append(Found(plan, sum(1 - cost[row.boundary] for row in plan if row) / steps, loss))
     kept: list[Found] = []
     for one in sorted(found, key=lambda one: (-one.cut, one.loss)):
@@ -127,15 +151,42 @@ def front(profile: Profile) -> list[Found]:
     return kept[::-1]
 
 
-def _backwards(
-    profile: Profile, came: np.ndarray, lag: int, budget: int, costs: Sequence[int], nearest: Sequence[int]
-) -> Plan:
-    rows: list[Reuse | None] = []
+def _backwards(profile: Profile, came: np.ndarray, lag: int, budget: int, costs: Sequence[int]) -> Plan:
+    groups = []
     c = profile.steps
     while c > 0:
         before, way = (int(value) for value in came[c, lag, budget])
-        forecasts = profile.forecasts[way][c - lag][nearest[max(before, 1)]] if lag > 1 else ()
-        rows[:0] = [None, *(Reuse(profile.boundaries[way], forecasts[j] or Forecast(True)) for j in range(1, lag))]
+        groups.append((c - lag, lag, way))
         budget -= _UNIT + (costs[way] * (lag - 1) if lag > 1 else 0)
         c, lag = c - lag, before
+    return plan_of(profile, groups[::-1])
+
+
+def plan_of(profile: Profile, groups: Sequence[tuple[int, int, int]]) -> Plan:
+    """The plan of groups (computed step, size, way), with the forecasts that were chosen for them."""
+    rows: list[Reuse | None] = []
+    lag = 1
+    for c, size, way in groups:
+        nearest = min(range(len(profile.lags)), key=lambda i: abs(profile.lags[i] - lag))
+        forecasts = profile.forecasts[way][c][nearest]
+        reused = [forecasts[min(j, len(forecasts) - 1)] or Forecast(True) for j in range(1, size)]
+        rows += [None, *(Reuse(profile.boundaries[way], forecast) for forecast in reused)]
+        lag = size
     return tuple(rows)
+
+
+def neighbours(profile: Profile, plan: Plan, lead: int = 1) -> list[Plan]:
+    """Plans in which one computed step comes one step earlier or later."""
+    computed = [k for k, row in enumerate(plan) if row is None]
+    ways = {k: profile.boundaries.index(plan[k + 1].boundary) for k in computed[:-1] if plan[k + 1] is not None}  # type: ignore[union-attr]
+    default = int(np.argmax(profile.boundaries))
+    found = []
+    for index, k in enumerate(computed[1:-1], 1):
+        for to in (k - 1, k + 1):
+            if lead <= to and to not in computed:
+                moved = [*computed[:index], to, *computed[index + 1 :]]
+                ends = [*moved[1:], profile.steps]
+                found.append(plan_of(profile, [
+                    (c, end - c, ways.get(computed[i], default)) for i, (c, end) in enumerate(zip(moved, ends, strict=True))
+                ]))
+    return found
