@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ Method = Callable[[Case], Iterator[Setting]]
 def _preset(name: str) -> Method:
     def method(case: Case) -> Iterator[Setting]:
         for size in GROUP_SIZES:
-            yield Setting(f"N={size}", _attached(preset=name, group_size=size))
+            yield Setting(f"N={size}", attached(preset=name, group_size=size))
 
     return method
 
@@ -89,7 +90,7 @@ def calibrated(case: Case) -> Iterator[Setting]:
     for entry in policy.load(path).entries:
         if (entry.sampler, entry.steps) == (case.sampler, case.steps):
             for cut, plan in zip(entry.cuts, entry.plans, strict=True):
-                yield Setting(f"cut={cut:.3f}", _planned(tuple(plan)))
+                yield Setting(f"cut={cut:.3f}", planned(tuple(plan)))
 
 
 def _fewer(sampler: str | None) -> Method:
@@ -105,8 +106,9 @@ def _host(node: str, dense: bool = False) -> Method:
     """A node of the host's, with its own start and end.
 
     Its indicator looks at every eighth place of the latent, which on the small latents of the demo is next to nothing;
-    `dense` lets it look at all. EasyCache wraps the network's forward, which the host's SD3 and PixArt classes do not ask
-    for: there the node does nothing in a release, and the benchmark asks in their place.
+    `dense` lets it look at all. Two things are done for EasyCache that the host (v0.30.0) does not do: its wrapper around
+    the network is run on SD3 and PixArt, too, whose classes ask for none, so that the node has no effect there; and the
+    network gets a copy of its input, as the node adds to it in place, and in float32 that is the sampler's own latent.
     """
 
     def method(case: Case) -> Iterator[Setting]:
@@ -116,7 +118,7 @@ def _host(node: str, dense: bool = False) -> Method:
             patched = getattr(nodes_easycache, node).execute(model, threshold, 0.15, 0.95, False).args[0]
             if dense:
                 patched.model_options["transformer_options"]["easycache"].subsample_factor = 1
-            return _asking_wrappers(patched)
+            return _network_wrapped(patched)
 
         for threshold in HOST_THRESHOLDS:
             yield Setting(f"threshold={threshold:g}", lambda model, threshold=threshold: patch(model, threshold))
@@ -124,28 +126,34 @@ def _host(node: str, dense: bool = False) -> Method:
     return method
 
 
-def _asking_wrappers(model: Any) -> Any:
-    """The same MODEL, with a forward that runs the wrappers around it, where the host's class does not do so itself."""
+def _network_wrapped(model: Any) -> Any:
+    """The same MODEL; its network gets a copy of its input, and the wrappers around it where its class asks for none."""
     from comfy import patcher_extension
 
-    network = model.get_model_object("diffusion_model")
-    if "WrappersMP.DIFFUSION_MODEL" in inspect.getsource(inspect.getmodule(type(network))):
-        return model
-    kind, forward = patcher_extension.WrappersMP.DIFFUSION_MODEL, network.forward
+    network, kind = model.get_model_object("diffusion_model"), patcher_extension.WrappersMP.DIFFUSION_MODEL
+    asks = "WrappersMP.DIFFUSION_MODEL" in inspect.getsource(sys.modules[type(network).__module__])
+    forward = network.forward
 
-    def asking(*args: Any, transformer_options: dict[str, Any], **kwargs: Any) -> Any:
-        wrappers = patcher_extension.get_all_wrappers(kind, transformer_options)
+    def wrapped(x: Any, *args: Any, transformer_options: dict[str, Any], **kwargs: Any) -> Any:
+        wrappers = [] if asks else patcher_extension.get_all_wrappers(kind, transformer_options)
         executor = patcher_extension.WrapperExecutor.new_class_executor(forward, network, wrappers)
-        return executor.execute(*args, transformer_options=transformer_options, **kwargs)
+        return executor.execute(x.clone(), *args, transformer_options=transformer_options, **kwargs)
 
-    model.add_object_patch("diffusion_model.forward", asking)
+    def call(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        network.forward = wrapped
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            del network.forward
+
+    model.add_wrapper_with_key(patcher_extension.WrappersMP.APPLY_MODEL, rivals.KEY, call)
     return model
 
 
 def _plan(make: Callable[..., Any], intervals: Sequence[int] = INTERVALS, **more: int) -> Method:
     def method(case: Case) -> Iterator[Setting]:
         for interval in intervals:
-            yield Setting(f"N={interval}", _planned(make(case.steps, len(case.blocks), interval, **more)))
+            yield Setting(f"N={interval}", planned(make(case.steps, len(case.blocks), interval, **more)))
 
     return method
 
@@ -159,7 +167,9 @@ def _indicated(thresholds: Sequence[float], first: bool) -> Method:
     return method
 
 
-def _attached(**settings: Any) -> Callable[[Any], Any]:
+def attached(**settings: Any) -> Callable[[Any], Any]:
+    """A patch that accelerates with these settings of `Config`."""
+
     def patch(model: Any) -> Any:
         from blockdance_core.config import Config
         from blockdance_core.host.attach import attach
@@ -169,10 +179,11 @@ def _attached(**settings: Any) -> Callable[[Any], Any]:
     return patch
 
 
-def _planned(plan: Any) -> Callable[[Any], Any]:
+def planned(plan: Any) -> Callable[[Any], Any]:
+    """A patch that follows a plan."""
     from blockdance_core.policy import Fixed
 
-    return _attached(policy=Fixed(plan))
+    return attached(policy=Fixed(plan))
 
 
 METHODS: dict[str, Method] = {

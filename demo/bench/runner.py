@@ -88,7 +88,6 @@ class Runner:
     def run(self, number: int, setting: Setting = FULL) -> Run:
         """Sample batch `number`."""
         import comfy.sample
-        from comfy.patcher_extension import WrappersMP
 
         from blockdance_core.host.attach import handle_of
         from demo.loader import empty_latent
@@ -100,9 +99,7 @@ class Runner:
             latent = latent.new_zeros(*latent.shape[:-2], *side)
         noise = comfy.sample.prepare_noise(latent, 1000 * options.seed + number)
         model = setting.patch(self.demo.model).clone()
-        calls: list[Call] = []
-        with counted(self.blocks) as runs:
-            model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, functools.partial(_timed_call, calls, runs))
+        with watched(model) as calls:
             latents = comfy.sample.sample(
                 model, noise, round(setting.share * options.steps), options.cfg, setting.sampler or options.sampler,
                 options.scheduler, self.demo.encode(batch), self.demo.encode([""]), latent, disable_pbar=True, seed=number,
@@ -236,6 +233,20 @@ def _stored(runs: Sequence[Run]) -> dict[str, Any]:
         "stored_bytes": max(record["cached_bytes"] for record in records),
         "predicted_bytes": max(record["predicted_bytes"] for record in records), "fallbacks": dict(fallbacks),
     }
+
+
+@contextlib.contextmanager
+def watched(model: Any) -> Iterator[list[Call]]:
+    """Note every call of a MODEL that is sampled inside."""
+    from comfy.patcher_extension import WrappersMP
+
+    from blockdance_core import families
+
+    calls: list[Call] = []
+    blocks = [block.module for block in families.find(model.get_model_object("diffusion_model")).blocks]
+    with counted(blocks) as runs:
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, functools.partial(_timed_call, calls, runs))
+        yield calls
 
 
 @contextlib.contextmanager
