@@ -40,9 +40,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--seed", type=int, default=0, help="of captions and noise")
     top.add_argument("--threads", type=int, default=torch.get_num_threads())
     top.add_argument("--json", type=Path, metavar="PATH", help="add the figures to this file")
-    top.add_argument("--resume", type=Path, metavar="PATH", help="keep finished points in this file of JSON lines, and go on there")
+    top.add_argument("--resume", type=Path, metavar="PATH", help="keep finished points as JSON lines there, and go on there")
     top.add_argument("--latency", action="store_true", help="time against batch, steps and tokens (the first of --methods)")
-    top.add_argument("--real-size", nargs="*", metavar="NAME", help="full-size models with random weights: " + ", ".join(real_size.MODELS))
+    top.add_argument("--real-size", nargs="*", metavar="NAME",
+                     help="full-size models with random weights: " + ", ".join(real_size.MODELS))
     top.add_argument("--tokens-scale", type=float, default=1.0, help="of the picture's side, for --real-size")
     top.add_argument("--layers-scale", type=float, default=1.0, help="of the depth, for --real-size")
     top.add_argument("--report", action="store_true", help="write docs/benchmarks.md from docs/benchmarks.json")
@@ -108,8 +109,8 @@ def measure(options: argparse.Namespace, name: str) -> tuple[dict[str, Any], lis
 
 
 HEADING = (
-    f"{'method':<24}{'setting':<16}{'DiT ms':>8}{'cut':>8}{'arithmetic':>12}{'by block time':>15}{'SSIM':>8}{'worst':>8}{'PSNR':>7}"
-    f"{'stored':>10}{'predicted':>10}"
+    f"{'method':<24}{'setting':<16}{'DiT ms':>8}{'cut':>8}{'arithmetic':>12}{'by block time':>15}{'SSIM':>8}{'worst':>8}"
+    f"{'PSNR':>7}{'stored':>10}{'predicted':>10}"
 )
 
 
@@ -140,8 +141,8 @@ def _models(options: argparse.Namespace) -> Iterator[str]:
 def _fitted(options: argparse.Namespace, name: str, steps: int | None = None) -> argparse.Namespace:
     """The options, with the model's own sampling where none is given."""
     own = ARCHITECTURES[name].sampling
-    chosen = {key: getattr(options, key) if getattr(options, key) is not None else own[key] for key in ("sampler", "scheduler", "cfg")}
-    return argparse.Namespace(**{**vars(options), **chosen, "steps": steps or own["steps"]})
+    given = {key: value for key, value in vars(options).items() if value is not None or key not in own}
+    return argparse.Namespace(**{**own, **given, "steps": steps or own["steps"]})
 
 
 def _finished(path: Path | None) -> dict[tuple[Any, ...], dict[str, Any]]:

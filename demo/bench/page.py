@@ -93,9 +93,9 @@ def _method(data: dict[str, Any]) -> Iterator[str]:
     yield f"`{data['command']}`"
     yield ""
     yield (
-        f"On {place['device']} with {place['threads']} threads, PyTorch {place['torch']}. Every method ran in one process on the "
-        f"same {place['prompts']} captions of the {place['split']} split ({place['difficulty']} difficulty), in batches of "
-        f"{place['batch']}, with the same seeds and noise. *Cut* is 1 - DiT time / DiT time of the full runs beside it: the "
+        f"On {place['device']} with {place['threads']} threads, PyTorch {place['torch']}. Every method ran in one process, "
+        f"on the same {place['prompts']} captions of the {place['split']} split ({place['difficulty']} difficulty), in batches "
+        f"of {place['batch']}, with the same seeds and noise. *Cut* is 1 - DiT time / DiT time of the full runs beside it: the "
         "time inside the model's call with the method's own code, where each call counts with the median of all calls that do "
         "the same work. *Arithmetic* counts the blocks that ran. SSIM and PSNR compare with the full run of the same seed "
         f"(data range 1, equal pictures count as {PSNR_CAP:g} dB, a clip counts with the mean of its frames); the interval "
@@ -117,7 +117,7 @@ def _method(data: dict[str, Any]) -> Iterator[str]:
 def _goals(data: dict[str, Any]) -> Iterator[str]:
     if not groups(data):
         return
-    yield from ("## Goals", "", "| Model | Steps | Goal | Fidelity | Wanted cut | Best cut of ours | With | |", "|" + "---|" * 8)
+    yield from ("## Goals", "", *_header("Model", "Steps", "Goal", "Fidelity", "Wanted cut", "Best cut of ours", "With", "Met"))
     for points in groups(data):
         for goal in GOALS:
             wanted = goal.cuts.get(points[0]["steps"])
@@ -136,11 +136,12 @@ def _summary(data: dict[str, Any]) -> Iterator[str]:
         return
     yield from ("## Ours against every rival", "")
     yield (
-        f"At every rival point of a cut between {DUELS[0]:.0%} and {DUELS[1]:.0%}: our most faithful point of at least that cut "
-        "(within 0.5 points), and the paired difference of the mean SSIM. A win or a loss is one whose 95 % interval, by "
+        f"At every rival point of a cut between {DUELS[0]:.0%} and {DUELS[1]:.0%}: our most faithful point of at least that "
+        "cut (within 0.5 points), and the paired difference of the mean SSIM. A win or a loss is one whose 95 % interval, by "
         "10,000 bootstrap resamples over prompts, leaves out 0. Our point is chosen on the same prompts."
     )
-    yield from ("", "| Model | Steps | Rival | Wins | Ties | Losses | Out of reach | Worst tenth better |", "|" + "---|" * 8)
+    yield ""
+    yield from _header("Model", "Steps", "Rival", "Wins", "Ties", "Losses", "Out of reach", "Worst tenth no lower")
     lost = []
     for points in groups(data):
         found = duels(points)
@@ -149,10 +150,8 @@ def _summary(data: dict[str, Any]) -> Iterator[str]:
             count = Counter(one.outcome for one in of)
             reached = [(one.ours, one.rival) for one in of if one.ours]
             better = sum(mine["ssim_p10"] >= other["ssim_p10"] for mine, other in reached)
-            yield (
-                f"| {_of(points)} | {rival} | {count['win']} | {count['tie']} | {count['loss']} | {count['out of reach']} | "
-                f"{better} of {len(reached)} |"
-            )
+            outcomes = " | ".join(str(count[name]) for name in ("win", "tie", "loss", "out of reach"))
+            yield f"| {_of(points)} | {rival} | {outcomes} | {better} of {len(reached)} |"
         lost += [one for one in found if one.outcome in ("loss", "out of reach")]
     yield from ("", "Losses, and what is out of reach:", "")
     for one in lost:
@@ -171,8 +170,10 @@ def _section(points: Sequence[Point]) -> Iterator[str]:
     first = points[0]
     title = f"{first['model']}, {first['steps']} steps of {first['sampler']}"
     yield from (f"## {title}", "", f"![Cut and SSIM of every method: {title}]({picture(first)})", "")
-    yield "| Method | Setting | Cut | Arithmetic | By block time | SSIM | 95 % | Worst tenth | PSNR, dB | Latent L2 | Stored, KiB | Computed instead |"
-    yield "|" + "---|" * 12
+    yield from _header(
+        "Method", "Setting", "Cut", "Arithmetic", "By block time", "SSIM", "95 %", "Worst tenth", "PSNR, dB", "Latent L2",
+        "Stored, KiB", "Computed instead",
+    )
     for point in points:
         low, high = point["ssim_interval"]
         stored = "-" if point.get("stored_bytes") is None else f"{point['stored_bytes'] / 1024:.0f}"
@@ -192,7 +193,12 @@ def _sweeps(data: dict[str, Any]) -> Iterator[str]:
     ):
         if name in data:
             sweep = data[name]
-            yield from (f"## {title}", "", f"`{sweep['command']}` on {sweep['environment']['device']}.", "", table(sweep["rows"]), "")
+            source = f"`{sweep['command']}` on {sweep['environment']['device']}, {sweep['environment']['threads']} threads."
+            yield from (f"## {title}", "", source, "", table(sweep["rows"]), "")
+
+
+def _header(*names: str) -> tuple[str, str]:
+    return f"| {' | '.join(names)} |", "|" + "---|" * len(names)
 
 
 def _of(points: Sequence[Point]) -> str:
@@ -223,8 +229,10 @@ def plot(points: Sequence[Point], path: Path) -> None:
     for goal in GOALS:
         if points[0]["steps"] in goal.cuts:
             axes.plot(100 * goal.cuts[points[0]["steps"]], 1 - goal.ssim, "*", color="#e6b800", markersize=14, zorder=4)
-    axes.set(yscale="log", xlim=(0, 85), xlabel="measured cut of DiT time, %", ylabel="1 - SSIM to the full run (log, better is up)",
-             title=f"{points[0]['model']}, {points[0]['steps']} steps of {points[0]['sampler']} (stars: goals)")
+    axes.set(
+        yscale="log", xlim=(0, 85), xlabel="measured cut of DiT time, %", ylabel="1 - SSIM to the full run (log, better is up)",
+        title=f"{points[0]['model']}, {points[0]['steps']} steps of {points[0]['sampler']} (stars: goals)",
+    )
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)

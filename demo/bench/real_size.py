@@ -6,7 +6,6 @@ Random weights draw nothing, so nothing is said of fidelity. Meant for a GPU and
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ import torch
 from demo.bench import rivals, runner
 from demo.bench.methods import Setting, attached, planned
 
-STEPS, ROUNDS = 20, 3
+ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +88,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         size = scaled(MODELS[name], options.tokens_scale, options.layers_scale)
         for compiled in (False, True) if torch.cuda.is_available() else (False,):
             rows += [{"model": name, "tokens_scale": options.tokens_scale, "layers_scale": options.layers_scale,
-                      "note": size.note, "compiled": compiled, **row} for row in _rows(size, compiled)]
+                      "note": size.note, "compiled": compiled, **row} for row in _rows(size, compiled, options.steps[0])]
     return rows
 
 
@@ -116,7 +115,7 @@ def build(size: Size) -> Any:
     return model_patcher.ModelPatcher(model, device, device)
 
 
-def _rows(size: Size, compiled: bool) -> Iterator[dict[str, Any]]:
+def _rows(size: Size, compiled: bool, steps: int) -> Iterator[dict[str, Any]]:
     from blockdance_core import families
 
     model = build(size)
@@ -129,26 +128,26 @@ def _rows(size: Size, compiled: bool) -> Iterator[dict[str, Any]]:
             f"diffusion_model.{part}.{index}" for part, module in network.named_children()
             if isinstance(module, torch.nn.ModuleList) for index in range(len(module))
         ])
-    every_other = rivals.uniform(STEPS, 2, rivals.Reuse(depth - 1, rivals.RESIDUAL))
+    every_other = rivals.uniform(steps, 2, rivals.Reuse(depth - 1, rivals.RESIDUAL))
     settings = (
         Setting("inactive", attached(group_size=1)), Setting("paper N=2", attached(preset="paper", group_size=2)),
         Setting("all blocks N=2", planned(every_other)),
     )
-    _sample(size, model, runner.FULL)
+    _sample(size, model, runner.FULL, steps)
     for setting in settings:
-        _sample(size, model, setting)  # compiles and allocates
-        pairs = [(_sample(size, model, setting), _sample(size, model, runner.FULL)) for _ in range(ROUNDS)]
+        _sample(size, model, setting, steps)  # compiles and allocates
+        pairs = [[_sample(size, model, one, steps) for one in (setting, runner.FULL)] for _ in range(ROUNDS)]
         runs, full = zip(*pairs, strict=True)
         ms, full_ms = (statistics.median(one["ms"] for one in part) for part in (runs, full))
         cut, arithmetic = 1 - ms / full_ms, 1 - runs[0]["blocks"] / full[0]["blocks"]
         yield {
-            "setting": setting.name, "blocks": depth, "steps": STEPS, "latent": list(size.latent),
+            "setting": setting.name, "blocks": depth, "steps": steps, "latent": list(size.latent),
             "dit_ms": ms, "full_dit_ms": full_ms, "cut": cut, "cut_arithmetic": arithmetic,
             "peak_bytes": max(one["peak_bytes"] for one in runs), "full_peak_bytes": max(one["peak_bytes"] for one in full),
         }
 
 
-def _sample(size: Size, model: Any, setting: Setting) -> dict[str, Any]:
+def _sample(size: Size, model: Any, setting: Setting, steps: int) -> dict[str, Any]:
     """Time of the model, runs of blocks, and the peak of the GPU's memory, in one run."""
     import comfy.sample
 
@@ -160,10 +159,9 @@ def _sample(size: Size, model: Any, setting: Setting) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    with contextlib.ExitStack() as stack:
-        calls = stack.enter_context(runner.watched(patched))
+    with runner.watched(patched) as calls:
         comfy.sample.sample(
-            patched, comfy.sample.prepare_noise(latent, 0), STEPS, 4.0 if size.batched else 1.0, "euler", "simple",
+            patched, comfy.sample.prepare_noise(latent, 0), steps, 4.0 if size.batched else 1.0, "euler", "simple",
             positive, negative, latent, disable_pbar=True, seed=0,
         )
     return {
@@ -177,8 +175,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| Model | Form | Setting | Blocks | Full, ms | Accelerated, ms | Cut | Arithmetic | Peak, MiB (full) | Notes |",
              "|" + "---|" * 10]
     for row in rows:
-        small = [f"tokens x {row['tokens_scale']:g}, layers x {row['layers_scale']:g}"]
-        notes = "; ".join([*(small if (row["tokens_scale"], row["layers_scale"]) != (1, 1) else []), *filter(None, [row["note"]])])
+        scaled_down = f"tokens x {row['tokens_scale']:g}, layers x {row['layers_scale']:g}"
+        notes = "; ".join(filter(None, [scaled_down if row["tokens_scale"] * row["layers_scale"] != 1 else "", row["note"]]))
         lines.append(
             f"| {row['model']} | {'compiled' if row['compiled'] else 'eager'} | {row['setting']} | {row['blocks']} | "
             f"{row['full_dit_ms']:.0f} | {row['dit_ms']:.0f} | {row['cut']:.1%} | {row['cut_arithmetic']:.1%} | "
