@@ -107,11 +107,10 @@ def build(size: Size) -> Any:
     config = base({**base.unet_config, **size.config})
     device = model_management.get_torch_device()
     config.set_inference_dtype(torch.float32 if model_management.is_device_cpu(device) else torch.bfloat16, None)
-    with torch.device(device):
-        model = config.get_model({}, "", device=device)
-        torch.manual_seed(0)
-        for parameter in model.diffusion_model.parameters():
-            parameter.requires_grad_(False).normal_(std=0.02)
+    model = config.get_model({}, "", device=device)
+    torch.manual_seed(0)
+    for parameter in model.diffusion_model.parameters():
+        parameter.requires_grad_(False).normal_(std=0.02)
     return model_patcher.ModelPatcher(model, device, device)
 
 
