@@ -37,6 +37,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--difficulty", choices=("mixed", "easy", "hard"), default="mixed")
     top.add_argument("--prompts", type=int, default=32)
     top.add_argument("--batch", type=int, default=4, help="pictures a run")
+    top.add_argument("--pair", type=int, default=1, metavar="K",
+                     help="settings between two full runs; more is faster, and less exact on a machine that is not idle")
     top.add_argument("--seed", type=int, default=0, help="of captions and noise")
     top.add_argument("--threads", type=int, default=torch.get_num_threads())
     top.add_argument("--json", type=Path, metavar="PATH", help="add the figures to this file")
@@ -109,7 +111,7 @@ def measure(options: argparse.Namespace, name: str) -> tuple[dict[str, Any], lis
 
 
 HEADING = (
-    f"{'method':<24}{'setting':<16}{'DiT ms':>8}{'cut':>8}{'arithmetic':>12}{'by block time':>15}{'SSIM':>8}{'worst':>8}"
+    f"{'method':<27}{'setting':<16}{'DiT ms':>8}{'cut':>8}{'arithmetic':>12}{'by block time':>15}{'SSIM':>8}{'worst':>8}"
     f"{'PSNR':>7}{'stored':>10}{'predicted':>10}"
 )
 
@@ -118,7 +120,7 @@ def row(point: dict[str, Any]) -> str:
     """One point as text."""
     stored, predicted = ("-" if point.get(name) is None else point[name] for name in ("stored_bytes", "predicted_bytes"))
     return (
-        f"{point['method']:<24}{point['setting']:<16}{point['dit_ms']:>8.0f}{point['cut']:>8.1%}{point['cut_arithmetic']:>12.1%}"
+        f"{point['method']:<27}{point['setting']:<16}{point['dit_ms']:>8.0f}{point['cut']:>8.1%}{point['cut_arithmetic']:>12.1%}"
         f"{point['cut_by_block_time']:>15.1%}{point['ssim']:>8.4f}{point['ssim_p10']:>8.4f}{point['psnr']:>7.1f}"
         f"{stored:>10}{predicted:>10}"
     )

@@ -2,7 +2,8 @@
 
 Time is what passes inside the host's call of the model, with the wrappers of a method at or below that level; a call that
 never comes takes none. A hiccup of the machine must not decide: each call counts with the median time of all calls of its
-kind, that is of as many samples and as many block runs. Full runs stand beside the others in every round.
+kind, that is of as many samples and as many block runs. Every run has full runs before and behind it, and only those
+count for its cut: a machine that gets slower or faster in the meantime does not matter.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Runner:
     Args:
         demo: The demo model.
         options: ``steps`` (of the full run), ``sampler``, ``scheduler``, ``cfg``, ``prompts``, ``batch``, ``split``,
-            ``difficulty``, ``seed`` and ``scale`` (side of the latents, times the model's own).
+            ``difficulty``, ``seed``, ``pair`` and ``scale`` (side of the latents, times the model's own).
     """
 
     def __init__(self, demo: Any, options: argparse.Namespace) -> None:
@@ -109,19 +110,21 @@ class Runner:
 
     def points(self, settings: Sequence[Setting]) -> Iterator[dict[str, Any]]:
         """Measure the settings of one method side by side with the full run; one point each, in order."""
-        full: list[Run] = []
         found: dict[str, list[Run]] = defaultdict(list)
+        beside: dict[str, list[Run]] = defaultdict(list)
         figures: dict[str, list[tuple[Tensor, ...]]] = defaultdict(list)
         for number in range(len(self.batches)):
-            turn = number % (len(settings) + 1)
-            order = [FULL, *settings]
-            for setting in (*order[turn:], *order[:turn]):
-                run = self.run(number, setting)
-                if setting is FULL:
-                    full.append(run)
-                else:
+            full = self.run(number)
+            for start in range(0, len(settings), self.options.pair):
+                between = settings[start : start + self.options.pair]
+                before = full
+                for setting in between:
+                    run = self.run(number, setting)
                     found[setting.name].append(run)
                     figures[setting.name].append(self._fidelity(number, run.latents))
+                full = self.run(number)
+                for setting in between:
+                    beside[setting.name] += before, full
         for setting in settings:
             similarity, decibel, distance = (
                 [round(value, 5) for value in torch.cat(part).tolist()]
@@ -130,7 +133,7 @@ class Runner:
             yield {
                 "setting": setting.name, "steps": self.options.steps, "sampler": self.options.sampler,
                 "scheduler": self.options.scheduler, "cfg": self.options.cfg,
-                **cuts(found[setting.name], full, self.shares), **_stored(found[setting.name]),
+                **cuts(found[setting.name], beside[setting.name], self.shares), **_stored(found[setting.name]),
                 "ssim": statistics.fmean(similarity), "ssim_interval": bootstrap(similarity),
                 "ssim_p10": worst_tenth(similarity), "psnr": statistics.fmean(decibel),
                 "latent_l2": statistics.fmean(distance), "n": len(similarity),
@@ -202,8 +205,10 @@ def cuts(runs: Sequence[Run], full: Sequence[Run], shares: Sequence[float]) -> d
     """Measured, arithmetic and block-weighted cut, with the mean milliseconds of a run and of a full one."""
     ms, full_ms = mean_ms(runs), mean_ms(full)
     depth = len(shares)
-    ran, all_ran = ([sum(call.runs[i] for run in part for call in run.calls) for i in range(depth)] for part in (runs, full))
-    calls, all_calls = (sum(len(run.calls) for run in part) for part in (runs, full))
+    ran, all_ran = (
+        [sum(call.runs[i] for run in part for call in run.calls) / len(part) for i in range(depth)] for part in (runs, full)
+    )
+    calls, all_calls = (sum(len(run.calls) for run in part) / len(part) for part in (runs, full))
     beside = (1 - sum(shares)) * calls / all_calls  # what a call spends outside the blocks
     weighted = sum(share * one / whole for share, one, whole in zip(shares, ran, all_ran, strict=True))
     return {
