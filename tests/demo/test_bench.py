@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from blockdance_core.schedule import follow
+from demo.architectures import ARCHITECTURES
 from demo.bench import __main__ as program
 from demo.bench import figures, latency, methods, page, real_size, rivals, runner
 
@@ -190,6 +191,18 @@ def test_latency_sweep_changes_one_thing_at_a_time() -> None:
         (1, 30, 1.0), (2, 30, 1.0), (4, 30, 1.0), (8, 30, 1.0),
         (4, 20, 1.0), (4, 50, 1.0), (4, 100, 1.0),
         (4, 30, 1.5), (4, 30, 2.0),
+    ]
+
+
+def test_latency_is_measured_at_other_sizes(monkeypatch, capsys, caplog) -> None:
+    caplog.set_level(logging.WARNING)
+    for name, values in (("BATCHES", (1,)), ("STEPS", (10,)), ("SCALES", (1.0, 1.5)), ("ROUNDS", 1)):
+        monkeypatch.setattr(latency, name, values)
+    monkeypatch.setitem(ARCHITECTURES["sd3-mini"].sampling, "steps", 10)
+    assert program.main(["--latency", "--batch", "1", "--threads", "1"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1:5] for line in printed[2:]] == [
+        ["ours-auto N=2", "1", "10", "1x"], ["ours-auto N=2", "1", "10", "1.5x"],
     ]
 
 
