@@ -80,7 +80,7 @@ def test(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> int
 
 
 def bench(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Measure accelerated against full runs, paired, in one process."""
+    """Measure every method against full runs, in one process."""
     return run_program(module(env, "demo.bench", *rest), env)
 
 
@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
         demo: "demo/run.py",
         serve: "ComfyUI",
         test: "pytest",
-        bench: "demo/bench.py",
+        bench: "demo/bench",
         train_demo: "demo/train",
         host_path: None,
     }

@@ -38,7 +38,7 @@ torch.set_num_threads(1)  # at this size a second thread gains nothing, and lose
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of our own."""
-    parser.addoption("--update-docs", action="store_true", help="write docs/models.md anew")
+    parser.addoption("--update-docs", action="store_true", help="write docs/models.md and docs/benchmarks.md anew")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import models_page
@@ -10,6 +11,7 @@ from host.server import REPO
 
 from blockdance_core.config import Config
 from blockdance_core.families import Family, declared
+from demo.bench import page as bench_page
 
 DOCUMENTS = [REPO / "README.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").glob("*.md"))]
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -34,6 +36,16 @@ def test_table_of_models_is_the_one_that_records_and_suite_make(request: pytest.
     if request.config.getoption("--update-docs"):
         models_page.PATH.write_text(page, encoding="utf-8")
     assert models_page.PATH.read_text(encoding="utf-8") == page, f"run {models_page.UPDATE}"
+
+
+@pytest.mark.skipif(not bench_page.JSON.is_file(), reason="nothing has been measured yet")
+def test_page_of_benchmarks_is_the_one_that_the_figures_make(request: pytest.FixtureRequest) -> None:
+    data = json.loads(bench_page.JSON.read_text(encoding="utf-8"))
+    text = bench_page.render(data)
+    if request.config.getoption("--update-docs"):
+        bench_page.PAGE.write_text(text, encoding="utf-8")
+    assert bench_page.PAGE.read_text(encoding="utf-8") == text, f"run {bench_page.UPDATE}"
+    assert all((bench_page.DOCS / bench_page.picture(points[0])).is_file() for points in bench_page.groups(data))
 
 
 @pytest.mark.parametrize("family", declared(), ids=lambda family: family.name)

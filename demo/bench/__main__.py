@@ -1,0 +1,158 @@
+"""Measure every method on the demo models, paired in one process, and write what docs/benchmarks.md is made from.
+
+Without further options: all methods on sd3-mini at 30 steps. ``--latency`` and ``--real-size`` are sweeps of their own;
+``--report`` only writes the page and its plots anew from docs/benchmarks.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from demo.architectures import ARCHITECTURES
+from demo.bench import latency, methods, page, real_size, runner
+from demo.hosting import launcher
+from demo.loader import MODELS
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python dev.py bench", description=__doc__)
+    top.add_argument("--model", choices=(*MODELS, "all"), nargs="+", default=["sd3-mini"], help="default: sd3-mini")
+    top.add_argument("--steps", type=int, nargs="+", default=[30], help="of the full run; several are done in turn")
+    for name, kind in (("sampler", str), ("scheduler", str), ("cfg", float)):
+        top.add_argument(f"--{name}", type=kind, help="in place of the model's own")
+    top.add_argument("--methods", nargs="+", default=["*"], metavar="PATTERN",
+                     help="such as 'ours-*' or 'fora N=2'; known: " + ", ".join(methods.METHODS))
+    top.add_argument("--split", choices=("train", "validation", "test"), default="test")
+    top.add_argument("--difficulty", choices=("mixed", "easy", "hard"), default="mixed")
+    top.add_argument("--prompts", type=int, default=32)
+    top.add_argument("--batch", type=int, default=4, help="pictures a run")
+    top.add_argument("--pair", type=int, default=1, metavar="K",
+                     help="settings between two full runs; more is faster, and less exact on a machine that is not idle")
+    top.add_argument("--seed", type=int, default=0, help="of captions and noise")
+    top.add_argument("--threads", type=int, default=torch.get_num_threads())
+    top.add_argument("--json", type=Path, metavar="PATH", help="add the figures to this file")
+    top.add_argument("--resume", type=Path, metavar="PATH", help="keep finished points as JSON lines there, and go on there")
+    top.add_argument("--latency", action="store_true", help="time against batch, steps and tokens (the first of --methods)")
+    top.add_argument("--real-size", nargs="*", metavar="NAME",
+                     help="full-size models with random weights: " + ", ".join(real_size.MODELS))
+    top.add_argument("--tokens-scale", type=float, default=1.0, help="of the picture's side, for --real-size")
+    top.add_argument("--layers-scale", type=float, default=1.0, help="of the depth, for --real-size")
+    top.add_argument("--report", action="store_true", help="write docs/benchmarks.md from docs/benchmarks.json")
+    top.set_defaults(scale=1.0)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 0 on success."""
+    options = parser().parse_args(arguments)
+    if options.report:
+        page.write()
+        return 0
+    launcher.enter(*(() if torch.cuda.is_available() else ("--cpu",)))
+    torch.set_num_threads(options.threads)
+    logging.getLogger().setLevel(logging.WARNING)
+    given = sys.argv[1:] if arguments is None else arguments
+    about = {"command": shlex.join(["python", "dev.py", "bench", *given]), "environment": environment(options)}
+    found: dict[str, Any]
+    if options.real_size is not None:
+        found = {"real_size": {**about, "rows": real_size.measure(options)}}
+        print(real_size.table(found["real_size"]["rows"]))
+    elif options.latency:
+        rows = [row for name in _models(options) for row in latency.measure(_fitted(options, name), name)]
+        found = {"latency": {**about, "rows": rows}}
+        print(latency.table(rows))
+    else:
+        found = {**about, "models": {}, "points": []}
+        for name in _models(options):
+            for steps in options.steps:
+                one = _fitted(options, name, steps)
+                found["models"][name], points = measure(one, name)
+                found["points"] += points
+    if options.json:
+        page.save(options.json, found)
+    return 0
+
+
+def measure(options: argparse.Namespace, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """All points of one model at one number of steps, each printed when it is finished; and figures of the model."""
+    from demo.loader import load_demo
+
+    bench = runner.Runner(load_demo(name), options)
+    about = {"inactive_share": bench.inactive_share(), "block_shares": bench.shares}
+    case = methods.Case(name, bench.demo.model, options.steps, options.sampler)
+    finished = _finished(options.resume)
+    points = []
+    print(f"{name}, {options.steps} steps of {options.sampler}, {options.prompts} prompts in batches of {options.batch}")
+    print(HEADING)
+    for method, settings in methods.settings(case, options.methods).items():
+        done = {key[-1] for key in finished if key[:-1] == (name, options.steps, options.sampler, method)}
+        points += [finished[name, options.steps, options.sampler, method, setting.name]
+                   for setting in settings if setting.name in done]
+        remaining = [setting for setting in settings if setting.name not in done]
+        for point in bench.points(remaining) if remaining else ():
+            points.append({"model": name, "method": method, **point})
+            print(row(points[-1]), flush=True)
+            if options.resume:
+                with options.resume.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(points[-1], allow_nan=False) + "\n")
+    print(f"inactive (N = 1): this pack's own code takes {about['inactive_share']:.2%} of the DiT time")
+    return about, points
+
+
+HEADING = (
+    f"{'method':<27}{'setting':<16}{'DiT ms':>8}{'cut':>8}{'arithmetic':>12}{'by block time':>15}{'SSIM':>8}{'worst':>8}"
+    f"{'PSNR':>7}{'stored':>10}{'predicted':>10}"
+)
+
+
+def row(point: dict[str, Any]) -> str:
+    """One point as text."""
+    stored, predicted = ("-" if point.get(name) is None else point[name] for name in ("stored_bytes", "predicted_bytes"))
+    return (
+        f"{point['method']:<27}{point['setting']:<16}{point['dit_ms']:>8.0f}{point['cut']:>8.1%}{point['cut_arithmetic']:>12.1%}"
+        f"{point['cut_by_block_time']:>15.1%}{point['ssim']:>8.4f}{point['ssim_p10']:>8.4f}{point['psnr']:>7.1f}"
+        f"{stored:>10}{predicted:>10}"
+    )
+
+
+def environment(options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "device": device, "threads": options.threads, "torch": torch.__version__, "python": platform.python_version(),
+        "split": options.split, "difficulty": options.difficulty, "prompts": options.prompts, "batch": options.batch,
+        "seed": options.seed,
+    }
+
+
+def _models(options: argparse.Namespace) -> Iterator[str]:
+    yield from MODELS if "all" in options.model else options.model
+
+
+def _fitted(options: argparse.Namespace, name: str, steps: int | None = None) -> argparse.Namespace:
+    """The options, with the model's own sampling where none is given."""
+    own = ARCHITECTURES[name].sampling
+    given = {key: value for key, value in vars(options).items() if value is not None or key not in own}
+    return argparse.Namespace(**{**own, **given, "steps": steps or own["steps"]})
+
+
+def _finished(path: Path | None) -> dict[tuple[Any, ...], dict[str, Any]]:
+    if path is None or not path.is_file():
+        return {}
+    points = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {page.key(point): point for point in points}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,85 @@
+"""Statistics over prompts, and the goals. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+RESAMPLES = 10_000
+PSNR_CAP = 100.0
+"""Decibel that stand for the infinite PSNR of equal pictures."""
+MARGIN = 0.005
+"""A cut counts as at least another one's where it is lower by no more than this: timing repeats no better."""
+
+
+class Goal(NamedTuple):
+    """A fidelity, and the cut that is wanted at it, by the number of steps."""
+
+    name: str
+    ssim: float
+    psnr: float
+    cuts: dict[int, float]
+
+    def best(self, points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """The point of the highest cut among those of this fidelity."""
+        faithful = [point for point in points if point["ssim"] >= self.ssim and point["psnr"] >= self.psnr]
+        return max(faithful, key=lambda point: point["cut"], default=None)
+
+
+GOALS = (
+    Goal("near-lossless", 0.99, 0.0, {20: 0.45, 30: 0.50, 50: 0.65}),
+    Goal("headline", 0.98, 36.0, {20: 0.55, 30: 0.60, 50: 0.75}),
+    Goal("stretch", 0.95, 0.0, {20: 0.62, 30: 0.70, 50: 0.80}),
+)
+
+
+class Duel(NamedTuple):
+    """Ours against a rival's point.
+
+    Attributes:
+        rival: Its point.
+        ours: Our most faithful point of at least that cut; None where we have none so fast.
+        difference: Mean SSIM of ours less the rival's, over the same prompts.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+    """
+
+    rival: dict[str, Any]
+    ours: dict[str, Any] | None
+    difference: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def outcome(self) -> str:
+        """`win` or `loss` where the interval leaves out 0, else `tie`; `out of reach` without a point of ours."""
+        if self.ours is None:
+            return "out of reach"
+        return "win" if self.low > 0 else "loss" if self.high < 0 else "tie"
+
+
+def duel(rival: dict[str, Any], ours: Sequence[dict[str, Any]]) -> Duel:
+    """Compare a rival's point with our best one of at least its cut, prompt by prompt."""
+    fast = [point for point in ours if point["cut"] >= rival["cut"] - MARGIN]
+    if not fast:
+        return Duel(rival, None)
+    best = max(fast, key=lambda point: point["ssim"])
+    gains = np.subtract(best["prompt_ssim"], rival["prompt_ssim"])
+    return Duel(rival, best, float(gains.mean()), *bootstrap(gains))
+
+
+def bootstrap(values: Sequence[float] | np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean, by the percentiles of resampled means."""
+    array = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
+    low, high = np.percentile(array[drawn].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def worst_tenth(values: Sequence[float]) -> float:
+    """Mean of the lowest tenth, of one value at least."""
+    lowest = sorted(values)[: max(1, round(len(values) / 10))]
+    return sum(lowest) / len(lowest)

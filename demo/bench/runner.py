@@ -1,0 +1,332 @@
+"""Sample prompts with one method after the other, and measure: time, block runs, fidelity to the full run.
+
+Time is what passes inside the host's call of the model, with the wrappers of a method at or below that level; a call that
+never comes takes none. A hiccup of the machine must not decide: each call counts with the median time of all calls of its
+kind, that is of as many samples and as many block runs. Every run has full runs before and behind it, and only those
+count for its cut: a machine that gets slower or faster in the meantime does not matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from demo.bench.figures import PSNR_CAP, bootstrap, worst_tenth
+from demo.bench.methods import Setting
+
+KEY = "blockdance_bench"
+FULL = Setting("full")
+
+
+@dataclasses.dataclass
+class Call:
+    """One call of the model: its rows, how often each block ran, and the milliseconds it took."""
+
+    rows: int
+    runs: list[int]
+    ms: float
+
+    @property
+    def kind(self) -> tuple[int, int]:
+        """Calls of one kind do the same work."""
+        return self.rows, sum(self.runs)
+
+
+@dataclasses.dataclass
+class Run:
+    """One sampling run.
+
+    Attributes:
+        latents: Its result [B, C, ...].
+        calls: Calls of the model.
+        record: Our own record, where our engine ran.
+        stored: Bytes that another method stored, where it says so.
+    """
+
+    latents: Tensor
+    calls: list[Call]
+    record: dict[str, Any] | None
+    stored: int | None = None
+
+
+@dataclasses.dataclass
+class Full:
+    """What the runs of one batch of prompts are compared with: the full run's latents and pictures."""
+
+    latents: Tensor
+    pictures: Tensor
+
+
+class Runner:
+    """Runs the same batches of prompts again and again.
+
+    Args:
+        demo: The demo model.
+        options: ``steps`` (of the full run), ``sampler``, ``scheduler``, ``cfg``, ``prompts``, ``batch``, ``split``,
+            ``difficulty``, ``seed``, ``pair`` and ``scale`` (side of the latents, times the model's own).
+    """
+
+    def __init__(self, demo: Any, options: argparse.Namespace) -> None:
+        from blockdance_core import families
+
+        self.demo, self.options = demo, options
+        texts = prompts(demo.name, options.split, options.prompts, options.seed, options.difficulty)
+        self.batches = [texts[start : start + options.batch] for start in range(0, len(texts), options.batch)]
+        self.diffusion_model: nn.Module = demo.model.model.diffusion_model
+        self.blocks = [block.module for block in families.find(self.diffusion_model).blocks]
+        self.references: dict[int, Full] = {}
+
+    def run(self, number: int, setting: Setting = FULL) -> Run:
+        """Sample batch `number`."""
+        import comfy.sample
+
+        from blockdance_core.host.attach import handle_of
+        from demo.loader import empty_latent
+
+        options, batch = self.options, self.batches[number]
+        latent = empty_latent(self.demo.model, len(batch))
+        if options.scale != 1:
+            side = [round(options.scale * length) for length in latent.shape[-2:]]
+            latent = latent.new_zeros(*latent.shape[:-2], *side)
+        noise = comfy.sample.prepare_noise(latent, 1000 * options.seed + number)
+        model = setting.patch(self.demo.model).clone()
+        with watched(model) as calls:
+            latents = comfy.sample.sample(
+                model, noise, round(setting.share * options.steps), options.cfg, setting.sampler or options.sampler,
+                options.scheduler, self.demo.encode(batch), self.demo.encode([""]), latent, disable_pbar=True, seed=number,
+            )
+        handle = handle_of(model)
+        return Run(latents, calls, handle.runs()[-1] if handle else None, setting.stored() if setting.stored else None)
+
+    def points(self, settings: Sequence[Setting]) -> Iterator[dict[str, Any]]:
+        """Measure the settings of one method side by side with the full run; one point each, in order."""
+        found: dict[str, list[Run]] = defaultdict(list)
+        beside: dict[str, list[Run]] = defaultdict(list)
+        figures: dict[str, list[tuple[Tensor, ...]]] = defaultdict(list)
+        for number in range(len(self.batches)):
+            full = self.run(number)
+            for start in range(0, len(settings), self.options.pair):
+                between = settings[start : start + self.options.pair]
+                before = full
+                for setting in between:
+                    run = self.run(number, setting)
+                    found[setting.name].append(run)
+                    figures[setting.name].append(self._fidelity(number, run.latents))
+                full = self.run(number)
+                for setting in between:
+                    beside[setting.name] += before, full
+        for setting in settings:
+            similarity, decibel, distance = (
+                [round(value, 5) for value in torch.cat(part).tolist()]
+                for part in zip(*figures[setting.name], strict=True)
+            )
+            yield {
+                "setting": setting.name, "steps": self.options.steps, "sampler": self.options.sampler,
+                "scheduler": self.options.scheduler, "cfg": self.options.cfg,
+                **cuts(found[setting.name], beside[setting.name], self.shares), **_stored(found[setting.name]),
+                "ssim": statistics.fmean(similarity), "ssim_interval": bootstrap(similarity),
+                "ssim_p10": worst_tenth(similarity), "psnr": statistics.fmean(decibel),
+                "latent_l2": statistics.fmean(distance), "n": len(similarity),
+                "prompt_ssim": similarity, "prompt_psnr": decibel,
+            }
+
+    def _fidelity(self, number: int, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        from blockdance_core import metrics
+
+        if number not in self.references:
+            reference = self.run(number).latents
+            self.references[number] = Full(reference, self._pictures(reference))
+        full, pictures = self.references[number], self._pictures(latents)
+        similarity, decibel = (
+            measure(pictures.flatten(0, 1), full.pictures.flatten(0, 1)).clamp(max=PSNR_CAP).unflatten(0, pictures.shape[:2])
+            for measure in (metrics.ssim, metrics.psnr)
+        )
+        off = (latents - full.latents).double().flatten(1).norm(dim=1) / full.latents.double().flatten(1).norm(dim=1)
+        return similarity.mean(1), decibel.mean(1), off
+
+    def _pictures(self, latents: Tensor) -> Tensor:
+        """Decoded, [B, F, H, W, C]; F = 1 for pictures."""
+        pictures: Tensor = self.demo.vae.decode(latents)
+        return pictures if pictures.ndim == 5 else pictures[:, None]
+
+    @functools.cached_property
+    def shares(self) -> list[float]:
+        """Share of the model's time that each block takes, from one full run behind another that warms up."""
+        self.run(0)
+        spent = [0.0] * len(self.blocks)
+        with contextlib.ExitStack() as stack:
+            for index, block in enumerate(self.blocks):
+                stack.enter_context(_spent(block, spent, index))
+            calls = self.run(0).calls
+        return [1e3 * seconds / sum(call.ms for call in calls) for seconds in spent]
+
+    def inactive_share(self) -> float:
+        """Time spent in this pack's own code in a run with N = 1, as a share of the time of the model."""
+        from blockdance_core.config import Config
+        from blockdance_core.host import attach
+
+        own: list[float] = []
+
+        def patch(model: Any) -> Any:
+            clone = attach.attach(model, Config(group_size=1))
+            for by_key in clone.wrappers.values():
+                by_key[attach.KEY] = [functools.partial(_own_time, one, own) for one in by_key.get(attach.KEY, ())]
+            return clone
+
+        shares = []
+        for number in range(len(self.batches)):
+            own.clear()
+            run = self.run(number, Setting("inactive", patch))
+            shares.append(1e3 * sum(own) / sum(call.ms for call in run.calls))
+        return statistics.median(shares)
+
+
+def prompts(name: str, split: str, count: int, seed: int, difficulty: str = "mixed") -> list[str]:
+    """Captions of a split; mixed means half easy and half hard, in turns."""
+    from demo.loader import captions
+
+    if difficulty != "mixed":
+        return captions(name, split, count, seed, difficulty)
+    easy, hard = (captions(name, split, (count + 1) // 2, seed, one) for one in ("easy", "hard"))
+    return [text for pair in zip(easy, hard, strict=True) for text in pair][:count]
+
+
+def cuts(runs: Sequence[Run], full: Sequence[Run], shares: Sequence[float]) -> dict[str, float]:
+    """Measured, arithmetic and block-weighted cut, with the mean milliseconds of a run and of a full one."""
+    ms, full_ms = mean_ms(runs), mean_ms(full)
+    depth = len(shares)
+    ran, all_ran = (
+        [sum(call.runs[i] for run in part for call in run.calls) / len(part) for i in range(depth)] for part in (runs, full)
+    )
+    calls, all_calls = (sum(len(run.calls) for run in part) / len(part) for part in (runs, full))
+    beside = (1 - sum(shares)) * calls / all_calls  # what a call spends outside the blocks
+    weighted = sum(share * one / whole for share, one, whole in zip(shares, ran, all_ran, strict=True))
+    return {
+        "cut": 1 - ms / full_ms, "cut_arithmetic": 1 - sum(ran) / sum(all_ran),
+        "cut_by_block_time": 1 - weighted - beside, "dit_ms": ms, "full_dit_ms": full_ms,
+    }
+
+
+def mean_ms(runs: Sequence[Run]) -> float:
+    """Milliseconds of a run in the mean, each call with the median of its kind."""
+    kinds: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for run in runs:
+        for call in run.calls:
+            kinds[call.kind].append(call.ms)
+    return sum(len(times) * statistics.median(times) for times in kinds.values()) / len(runs)
+
+
+def _stored(runs: Sequence[Run]) -> dict[str, Any]:
+    records = [run.record for run in runs if run.record]
+    if not records:
+        return {"stored_bytes": max((run.stored for run in runs if run.stored is not None), default=None)}
+    fallbacks: defaultdict[str, int] = defaultdict(int)
+    for record in records:
+        for reason, count in record["fallbacks"].items():
+            fallbacks[reason] += count
+    return {
+        "stored_bytes": max(record["cached_bytes"] for record in records),
+        "predicted_bytes": max(record["predicted_bytes"] for record in records), "fallbacks": dict(fallbacks),
+    }
+
+
+@contextlib.contextmanager
+def watched(model: Any) -> Iterator[list[Call]]:
+    """Note every call of a MODEL that is sampled inside."""
+    from comfy.patcher_extension import WrappersMP
+
+    from blockdance_core import families
+
+    calls: list[Call] = []
+    blocks = [block.module for block in families.find(model.get_model_object("diffusion_model")).blocks]
+    with counted(blocks) as runs:
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, functools.partial(_timed_call, calls, runs))
+        yield calls
+
+
+@contextlib.contextmanager
+def counted(blocks: Sequence[nn.Module]) -> Iterator[list[int]]:
+    """Count how often each block runs, in the blocks themselves: what is skipped above them is not counted."""
+    runs = [0] * len(blocks)
+
+    def counting(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def counted_forward(*args: Any, **kwargs: Any) -> Any:
+            runs[index] += 1
+            return forward(*args, **kwargs)
+
+        return counted_forward
+
+    for index, block in enumerate(blocks):
+        block.forward = counting(index, block.forward)
+    try:
+        yield runs
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _timed_call(calls: list[Call], runs: list[int], executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    before = list(runs)
+    _finish_work(x.device)
+    begun = time.perf_counter()
+    result = executor(x, *args, **kwargs)
+    _finish_work(x.device)
+    ms = 1e3 * (time.perf_counter() - begun)
+    calls.append(Call(x.shape[0], [after - earlier for after, earlier in zip(runs, before, strict=True)], ms))
+    return result
+
+
+def _finish_work(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def _spent(module: nn.Module, spent: list[float], index: int) -> Iterator[None]:
+    def begin(*_: object) -> None:
+        spent[index] -= time.perf_counter()
+
+    def end(*_: object) -> None:
+        spent[index] += time.perf_counter()
+
+    hooks = [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Inner:
+    """An executor that adds up the time spent beneath a wrapper."""
+
+    def __init__(self, executor: Any) -> None:
+        self.executor, self.class_obj, self.seconds = executor, executor.class_obj, 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        begun = time.perf_counter()
+        try:
+            return self.executor(*args, **kwargs)
+        finally:
+            self.seconds += time.perf_counter() - begun
+
+
+def _own_time(wrapper: Callable[..., Any], own: list[float], executor: Any, *args: Any, **kwargs: Any) -> Any:
+    inner = _Inner(executor)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # else reading sigma would wait here for the work of the step before
+    begun = time.perf_counter()
+    try:
+        return wrapper(inner, *args, **kwargs)
+    finally:
+        own.append(time.perf_counter() - begun - inner.seconds)

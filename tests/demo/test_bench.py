@@ -1,0 +1,261 @@
+"""The benchmark: what each method plans, the statistics against hand numbers, the page, and one small run of it all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from blockdance_core.schedule import follow
+from demo.architectures import ARCHITECTURES
+from demo.bench import __main__ as program
+from demo.bench import figures, latency, methods, page, real_size, rivals, runner
+
+
+def _letters(plan) -> str:
+    """The decisions of a plan, a letter a step: c stores, r reuses, a dot is only computed."""
+    return "".join(step.decision[0].replace("c", "c" if step.decision == "cache" else ".") for step in follow(plan).steps)
+
+
+def _point(method: str, cut: float, ssim: list[float], **more) -> dict:
+    mean = sum(ssim) / len(ssim)
+    return {
+        "model": "sd3-mini", "method": method, "setting": "N=2", "steps": 20, "sampler": "euler", "cut": cut, "ssim": mean,
+        "cut_arithmetic": cut, "cut_by_block_time": cut, "ssim_interval": [mean, mean], "ssim_p10": min(ssim), "psnr": 40.0,
+        "latent_l2": 0.01, "stored_bytes": 2048, "n": len(ssim), "prompt_ssim": ssim, "prompt_psnr": [40.0] * len(ssim), **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("plan", "letters", "boundary", "anchored", "order"),
+    [
+        (rivals.fora(9, 16, 3), "crrcrrcr.", 15, True, 0),
+        (rivals.deepcache(7, 16, 2), "crcrcr.", 14, False, 0),
+        (rivals.delta_dit(9, 16, 2), "...crcr..", 7, True, 0),
+        (rivals.taylorseer(9, 16, 2, order=1), ".crcrcr..", 15, True, 1),
+        (rivals.taylorseer(9, 16, 2, order=2), "..crcrcr.", 15, True, 2),
+    ],
+    ids=["fora", "deepcache", "delta_dit", "taylorseer-1", "taylorseer-2"],
+)
+def test_plan_reuses_at_the_stated_steps_and_depth(plan, letters, boundary, anchored, order) -> None:
+    assert _letters(plan) == letters
+    assert {(row.boundary, row.forecast.anchored, row.forecast.order) for row in plan if row} == {(boundary, anchored, order)}
+
+
+def test_fewer_steps_leave_out_the_base_sampler_and_begin_other_solvers_at_the_full_number() -> None:
+    found = methods.settings(methods.Case("sd3-mini", None, 30, "uni_pc"), ["fewer-steps*"])
+    assert set(found) == {"fewer-steps", "fewer-steps-dpmpp_2m", "fewer-steps-res_multistep"}
+    assert [setting.share for setting in found["fewer-steps"]] == list(methods.SHARES)
+    first = found["fewer-steps-dpmpp_2m"][0]
+    assert (first.share, first.sampler) == (1.0, "dpmpp_2m")
+
+
+def test_patterns_choose_methods_and_single_settings() -> None:
+    case = methods.Case("sd3-mini", None, 30, "euler")
+    found = methods.settings(case, ["ours-auto N=3", "ours-paper"])
+    assert {name: [one.name for one in of] for name, of in found.items()} == {
+        "ours-paper": ["N=2", "N=3", "N=4"], "ours-auto": ["N=3"],
+    }
+
+
+def test_calibrated_takes_every_level_of_this_sampler_and_step_count(monkeypatch, tmp_path) -> None:
+    from blockdance_core import policy
+
+    (tmp_path / "some.safetensors").touch()
+    monkeypatch.setattr(methods, "POLICIES", tmp_path)
+    entries = [
+        SimpleNamespace(sampler="euler", steps=4, cuts=(0.2, 0.4), plans=([None] * 4, [None] * 4)),
+        SimpleNamespace(sampler="uni_pc", steps=4, cuts=(0.3,), plans=([None] * 4,)),
+        SimpleNamespace(sampler="euler", steps=8, cuts=(0.5,), plans=([None] * 8,)),
+    ]
+    monkeypatch.setattr(policy, "load", lambda path: SimpleNamespace(entries=entries), raising=False)
+    found = list(methods.calibrated(methods.Case("some", None, 4, "euler")))
+    assert [setting.name for setting in found] == ["cut=0.200", "cut=0.400"]
+    assert list(methods.calibrated(methods.Case("other", None, 4, "euler"))) == []
+
+
+def test_teacache_adds_up_changes_and_starts_anew_where_it_computes() -> None:
+    decision = rivals.TeaCache(threshold=0.25)
+    inputs = [1.0, 1.1, 1.21, 1.331, 1.4641]  # each a tenth more than the one before
+    computed = [decision.computes(torch.full((2, 3), value), last=False) for value in inputs]
+    assert computed == [True, False, False, True, False]
+    assert decision.computes(torch.full((2, 3), 1.4641), last=True)
+
+
+def test_first_block_compares_with_the_last_computed_residual() -> None:
+    decision = rivals.FirstBlock(threshold=0.15)
+    residuals = [1.0, 1.1, 1.2, 1.3, 1.4]  # against 1.0: .1, .2 computes; against 1.2: .083, .167 computes
+    assert [decision.computes(torch.full((2,), value), last=False) for value in residuals] == [True, False, True, False, True]
+
+
+def test_worst_tenth_is_the_mean_of_the_lowest() -> None:
+    assert figures.worst_tenth([0.9, 0.5, 0.7]) == 0.5
+    assert figures.worst_tenth([*[1.0] * 18, 0.2, 0.4]) == pytest.approx(0.3)
+
+
+def test_bootstrap_brackets_the_mean_and_repeats() -> None:
+    assert figures.bootstrap([0.5] * 8) == (0.5, 0.5)
+    low, high = figures.bootstrap([0.0, 1.0] * 50)
+    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.011)  # the mean's standard error is .5 / sqrt(100)
+    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.011)
+    assert (low, high) == figures.bootstrap([0.0, 1.0] * 50)
+
+
+def test_duel_takes_our_best_point_of_at_least_that_cut() -> None:
+    middle = _point("ours-b", 0.397, [0.95, 0.96, 0.95, 0.96])
+    ours = [_point("ours-a", 0.2, [0.99] * 4), middle, _point("ours-c", 0.5, [0.9] * 4)]
+    won = figures.duel(_point("rival", 0.4, [0.94] * 4), ours)
+    assert (won.ours["method"], won.outcome, won.difference) == ("ours-b", "win", pytest.approx(0.015))
+    assert figures.duel(_point("rival", 0.4, [0.97] * 4), ours).outcome == "loss"
+    assert figures.duel(_point("rival", 0.4, [0.9, 1.0, 0.92, 1.0]), ours).outcome == "tie"
+    assert figures.duel(_point("rival", 0.6, [0.5] * 4), ours).outcome == "out of reach"
+
+
+def test_goal_is_met_by_the_highest_cut_that_is_faithful_enough() -> None:
+    points = [_point("ours-a", 0.5, [0.985]), _point("ours-b", 0.6, [0.985], psnr=35.0), _point("ours-c", 0.7, [0.9])]
+    assert figures.GOALS[1].best(points)["cut"] == 0.5
+    assert figures.GOALS[0].best(points) is None
+
+
+def test_mean_ms_gives_each_call_the_median_of_its_kind() -> None:
+    def run(*calls: tuple[int, float]) -> runner.Run:
+        return runner.Run(torch.zeros(1), [runner.Call(2, [blocks], ms) for blocks, ms in calls], None)
+
+    runs = [run((1, 10.0), (0, 2.0)), run((1, 11.0), (1, 500.0))]  # a hiccup; medians 11 and 2
+    assert runner.mean_ms(runs) == (11 + 2 + 11 + 11) / 2
+    full = [run((1, 10.0), (1, 10.0)), run((1, 10.0), (1, 10.0))]
+    cuts = runner.cuts([run((0, 5.0)), run((1, 10.0))], full, [0.8])
+    assert (cuts["cut"], cuts["cut_arithmetic"]) == (1 - 7.5 / 20, 0.75)
+    assert cuts["cut_by_block_time"] == pytest.approx(1 - 0.8 / 4 - 0.2 / 2)
+
+
+def _data() -> dict:
+    ssim = {"ours-auto": [0.991, 0.992], "fora": [0.98, 0.981], "teacache": [0.9, 0.8]}
+    points = [_point(name, cut, ssim[name]) for name, cut in (("ours-auto", 0.5), ("fora", 0.48), ("teacache", 0.7))]
+    place = {
+        "device": "a machine", "threads": 1, "torch": "2", "prompts": 2, "batch": 2, "split": "test", "difficulty": "mixed",
+    }
+    row = {
+        "model": "sd3-mini", "method": "ours-auto", "setting": "N=2", "batch": 1, "steps": 20, "scale": 1.0,
+        "full_dit_ms": 10.0, "dit_ms": 5.0, "cut": 0.5, "cut_arithmetic": 0.5,
+    }
+    return {
+        "command": "python dev.py bench", "environment": place, "models": {"sd3-mini": {"inactive_share": 0.001}},
+        "points": points, "latency": {"command": "python dev.py bench --latency", "environment": place, "rows": [row]},
+    }
+
+
+def test_page_says_which_goals_are_met_and_which_rivals_are_beaten() -> None:
+    text = page.render(_data())
+    assert "| sd3-mini | 20 | near-lossless | SSIM >= 0.99 | 45% | 50.0% | ours-auto N=2 | met |" in text
+    assert "| sd3-mini | 20 | stretch | SSIM >= 0.95 | 62% | 50.0% | ours-auto N=2 | not met |" in text
+    assert "| sd3-mini | 20 | fora | 1 | 0 | 0 | 0 | 1 of 1 |" in text
+    assert "teacache N=2 (cut 70.0%, SSIM 0.8500): no point of ours cuts as much" in text
+    assert "images/pareto-sd3-mini-20.png" in text
+    assert "| sd3-mini | ours-auto N=2 | 1 | 20 | 1x | 10 | 5 | 50.0% | 50.0% |" in text
+    for line in text.splitlines():
+        assert not line.startswith("|") or line.endswith("|")
+
+
+def test_plot_is_readable_at_800_pixels(tmp_path) -> None:
+    from PIL import Image
+
+    page.plot(page.groups(_data())[0], tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.width == 800
+
+
+def test_save_replaces_points_measured_again_and_keeps_the_rest(tmp_path) -> None:
+    path = tmp_path / "figures.json"
+    page.save(path, {"points": [_point("fora", 0.4, [0.9]), _point("teacache", 0.5, [0.8])], "latency": {"rows": []}})
+    page.save(path, {"points": [_point("fora", 0.45, [0.91])]})
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert [(point["method"], point["cut"]) for point in data["points"]] == [("fora", 0.45), ("teacache", 0.5)]
+    assert data["latency"] == {"rows": []}
+
+
+def test_prompts_are_of_the_test_split_half_easy_half_hard() -> None:
+    from demo import scenes
+
+    texts = runner.prompts("sd3-mini", "test", 6, 0)
+    assert [scenes.difficulty(text) for text in texts] == ["easy", "hard"] * 3
+    assert all(scenes.parse(text).splits()[0] == scenes.SPLITS.index("test") for text in texts)
+
+
+def test_latency_sweep_changes_one_thing_at_a_time() -> None:
+    assert list(latency.sweep(4, 30)) == [
+        (1, 30, 1.0), (2, 30, 1.0), (4, 30, 1.0), (8, 30, 1.0),
+        (4, 20, 1.0), (4, 50, 1.0), (4, 100, 1.0),
+        (4, 30, 1.5), (4, 30, 2.0),
+    ]
+
+
+def test_latency_is_measured_at_other_sizes(monkeypatch, capsys, caplog) -> None:
+    caplog.set_level(logging.WARNING)
+    for name, values in (("BATCHES", (1,)), ("STEPS", (10,)), ("SCALES", (1.0, 1.5)), ("ROUNDS", 1)):
+        monkeypatch.setattr(latency, name, values)
+    monkeypatch.setitem(ARCHITECTURES["sd3-mini"].sampling, "steps", 10)
+    assert program.main(["--latency", "--batch", "1", "--threads", "1"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1:5] for line in printed[2:]] == [
+        ["ours-auto N=2", "1", "10", "1x"], ["ours-auto N=2", "1", "10", "1.5x"],
+    ]
+
+
+def test_a_small_benchmark_from_end_to_end_and_on_from_where_it_ended(tmp_path, capsys, caplog) -> None:
+    caplog.set_level(logging.WARNING)  # the program sets the root's level; this puts it back
+    target, lines = tmp_path / "figures.json", tmp_path / "points.jsonl"
+    arguments = [
+        "--steps", "6", "--prompts", "2", "--batch", "2", "--threads", "1", "--json", str(target), "--resume", str(lines),
+        "--methods", "fora N=2", "teacache threshold=0.3", "easycache threshold=2", "fewer-steps share=0.5",
+    ]
+    assert program.main(arguments) == 0
+    data = json.loads(target.read_text(encoding="utf-8"))
+    points = {point["method"]: point for point in data["points"]}
+    assert points["fora"]["cut_arithmetic"] == pytest.approx(2 / 6)  # reused: steps 1 and 3; the last is computed
+    assert points["fewer-steps"]["cut_arithmetic"] == 0.5
+    assert 0 < points["teacache"]["cut_arithmetic"] < 1
+    assert points["teacache"]["stored_bytes"] > 0
+    assert 0 < points["easycache"]["cut_arithmetic"] < 1
+    assert all(point["n"] == len(point["prompt_psnr"]) == 2 and point["ssim"] < 1 for point in points.values())
+    assert "fora" in page.render(data)
+    capsys.readouterr()
+    assert program.main(arguments) == 0
+    assert "fora" not in capsys.readouterr().out  # nothing is left to measure
+    assert json.loads(target.read_text(encoding="utf-8"))["points"] == data["points"]
+
+
+def test_a_model_of_real_size_is_measured_at_a_small_one(monkeypatch) -> None:
+    size = real_size.MODELS["sd3-medium"]
+    text = {"target": "torch.nn.Linear", "params": {"in_features": 32, "out_features": 64}}
+    small = size.config | {"depth": 1, "adm_in_channels": 16, "context_embedder_config": text}
+    monkeypatch.setitem(real_size.MODELS, "small", dataclasses.replace(size, config=small, text=(4, 32), pooled=16))
+    monkeypatch.setattr(real_size, "ROUNDS", 1)
+    options = SimpleNamespace(real_size=["small"], tokens_scale=0.1, layers_scale=0.25, steps=[4])
+    rows = {row["setting"]: row for row in real_size.measure(options)}
+    assert rows["inactive"]["cut_arithmetic"] == 0
+    assert rows["all blocks N=2"]["cut_arithmetic"] == 0.25  # of four steps the second; the last is computed
+    assert rows["all blocks N=2"]["blocks"] == 6
+    assert real_size.table(list(rows.values())).count("tokens x 0.1, layers x 0.25") == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "depth"),
+    [("sd3-medium", 2.0, 24), ("pixart-alpha", 0.6, 28), ("dit-xl-2", 0.6, 28), ("wan-2.1-1.3b", 1.4, 30), ("flux", 11.9, 57)],
+)
+def test_models_of_real_size_have_the_size_of_their_releases(name, billions, depth) -> None:
+    import comfy.supported_models
+
+    from blockdance_core import families
+
+    size = real_size.MODELS[name]
+    base = getattr(comfy.supported_models, size.base)
+    config = base({**base.unet_config, **size.config})
+    config.set_inference_dtype(torch.bfloat16, None)
+    network = config.get_model({}, "", device="meta").diffusion_model
+    assert sum(parameter.numel() for parameter in network.parameters()) / 1e9 == pytest.approx(billions, rel=0.06)
+    assert len(families.find(network).blocks) == depth
