@@ -14,6 +14,7 @@ PRESETS = ("auto", "paper", "custom")
 WINDOWS = ("noise_level", "steps")
 FORECASTS = ("taylor", "taylor2", "delta", "hold")
 CACHE_DEVICES = ("auto", "gpu", "cpu")
+QUALITIES = ("off", "near-lossless", "balanced", "draft")
 RECOMMENDED = -1
 """The value of `boundary` that stands for the model family's recommended one."""
 FEW_STEPS = 8
@@ -64,6 +65,7 @@ class Config:
         forecast: What is injected at a reuse step, see `forecast.py`.
         cache_device: Where features are kept.
         policy: Says which steps reuse what, in place of everything but `enabled`, N and `cache_device`.
+        quality: How far a forecast may be off before a step is computed instead, see `guard.py`; `off` for no limit.
 
     Raises:
         ConfigError: A value is out of its range.
@@ -79,10 +81,12 @@ class Config:
     forecast: str = "taylor"
     cache_device: str = "auto"
     policy: Policy | None = None
+    quality: str = "off"
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("preset", PRESETS), ("window", WINDOWS), ("forecast", FORECASTS), ("cache_device", CACHE_DEVICES)
+            ("preset", PRESETS), ("window", WINDOWS), ("forecast", FORECASTS), ("cache_device", CACHE_DEVICES),
+            ("quality", QUALITIES),
         ):
             _require(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
         _require(_is_int(self.group_size) and self.group_size >= 1, "group_size", self.group_size,
@@ -107,6 +111,16 @@ class Config:
     def active(self) -> bool:
         """Whether any step could be reused at all."""
         return self.enabled and self.group_size > 1
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the forecasts are watched. The published method is left as it is."""
+        return self.active and self.quality != "off" and (self.policy is not None or self.preset != "paper")
+
+    @property
+    def open(self) -> bool:
+        """Whether the guard alone decides."""
+        return self.guarded and self.policy is None and self.preset == "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +151,7 @@ class Effective:
     """The values in force for one model: `Config` after preset, family and depth have spoken.
 
     `policy` names the policy that decides in place of preset, window and forecast, if there is one and it is in force. The
-    boundary is then the largest that it may choose.
+    boundary is then the largest that it may choose. With a `quality`, the guard decides which of the planned steps reuse.
     """
 
     preset: str
@@ -150,6 +164,7 @@ class Effective:
     forecast: str
     cache_device: str
     policy: str | None = None
+    quality: str = "off"
 
     def as_dict(self) -> dict[str, Any]:
         """The values as plain JSON data, with the boundary also in words."""
@@ -186,6 +201,8 @@ def resolve(config: Config, defaults: Defaults, depth: int) -> Effective:
     policy = config.policy if config.active else None
     if policy is not None and policy.boundary is not None:
         boundary = policy.boundary
+    elif config.open:
+        start, end, boundary = 0.0, 1.0, depth - 1
     return Effective(
         preset=config.preset,
         group_size=config.group_size if config.enabled else 1,
@@ -197,6 +214,7 @@ def resolve(config: Config, defaults: Defaults, depth: int) -> Effective:
         forecast=forecast,
         cache_device=config.cache_device,
         policy=policy.name if policy is not None else None,
+        quality=config.quality if config.guarded else "off",
     )
 
 

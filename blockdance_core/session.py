@@ -14,8 +14,10 @@ from torch import nn
 
 from blockdance_core import families
 from blockdance_core.config import Config, Effective, resolve
+from blockdance_core.forecast import FORECASTS
+from blockdance_core.guard import QUALITIES, Guard
 from blockdance_core.interception import intercept, taps
-from blockdance_core.schedule import COMPUTE, REUSE, Schedule, build
+from blockdance_core.schedule import COMPUTE, REUSE, Reuse, Schedule, build, follow
 from blockdance_core.streams import FeatureCache
 from blockdance_core.timing import Stopwatch
 from blockdance_core.visit import CallInfo, Moment, Visit
@@ -40,6 +42,9 @@ def planned(config: Config, effective: Effective, levels: Sequence[float], sampl
     """The plan of a run: off goes before the policy, the policy before the preset."""
     if config.active and config.policy is not None:
         return config.policy.schedule(levels, sampler, config.group_size)
+    if config.open:
+        reuse = Reuse(effective.boundary, FORECASTS["taylor2"])
+        return follow([None, *[reuse] * (len(levels) - 2)])
     return build(effective, levels)
 
 
@@ -54,6 +59,7 @@ class ModelState:
             config.policy.check(self.family.name, len(self.blocks))
         self.schedule: Schedule = planned(config, self.effective, levels, sampler)
         self.cache = FeatureCache(self.schedule.anchored, self.schedule.kept)
+        self.guard = Guard(QUALITIES[config.quality], self.cache.keep) if config.guarded and self.cache.anchored else None
         self.broken: str | None = None
         self.first_evaluation: int | None = None
         self.predicted_bytes = 0
@@ -88,6 +94,8 @@ class ModelState:
         """The latent has another size from here on: nothing stored fits, and the new features have to be measured."""
         self.cache.clear()
         self.cache.limit = math.inf
+        if self.guard is not None:
+            self.guard.restart()
         self.first_evaluation, self.predicted_bytes, self.placed = None, 0, False
 
     def place(self, info: CallInfo) -> tuple[str, ...]:

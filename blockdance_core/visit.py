@@ -106,6 +106,8 @@ class Visit:
         record, boundary = state.taps(*plan.record), None
         if plan.decision == REUSE and plan.boundary is not None:
             record, boundary = state.taps(plan.boundary), plan.boundary  # a compute forced inside a group stores
+            if state.guard is not None and not state.guard.allows(moment.step, moment.sigma):
+                boundary = None
         obstacle = self._obstacle()
         if obstacle and record:
             self.fallbacks.append(obstacle)
@@ -152,11 +154,12 @@ class Visit:
 
     def _forecasts(self, now: _Pass, feature: Feature) -> dict[int, Feature] | str:
         """What to inject at every tap, or why there is no forecast."""
-        assert self.plan.forecast is not None
+        forecast = self.state.guard.forecast if self.state.guard is not None else self.plan.forecast
+        assert forecast is not None
         injected = {}
         for tap in now.record:
             predicted = self.state.cache.predict(
-                now.keys, tap, self.plan.group, self.info.condition, self.moment.sigma, self.plan.forecast,
+                now.keys, tap, self.plan.group, self.info.condition, self.moment.sigma, forecast,
                 self._in_layout_of(tap, feature), self.info.device,
             )
             if isinstance(predicted, str):
@@ -210,6 +213,9 @@ class Visit:
 
             entry = Entry(self.moment.step, self.plan.group, self.info.condition, self.moment.sigma, False, ())
             reason = self.state.cache.store(key, index, entry, chunk(output), None if base is None else chunk(base))
+            if self.state.guard is not None and base is not None and index == now.record[-1]:
+                stream = (key, self.info.condition)
+                self.state.guard.observe(stream, self.moment.step, self.moment.sigma, chunk(output), chunk(base))
             if reason:
                 self.fallbacks.append(reason)
             else:
