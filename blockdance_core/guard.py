@@ -18,11 +18,13 @@ from torch import Tensor
 from blockdance_core.forecast import Forecast
 from blockdance_core.interception import Feature
 
-QUALITIES = {"off": math.inf, "near-lossless": 0.01, "balanced": 0.02, "draft": 0.04}
+QUALITIES = {"off": math.inf, "near-lossless": 0.2, "balanced": 0.3, "draft": 0.4}
 """Largest error of a forecast that is injected, as a share of the blocks' whole contribution (root mean square)."""
 _SAMPLES = 1 << 15
 """Values that a stream is judged by, at most."""
 _ORDERS = (0, 1, 2)
+_EARLY = 0.6
+"""By so much less of an error is accepted at pure noise."""
 _LONGEST = 8
 """So many steps may follow a computed one at most."""
 
@@ -41,10 +43,11 @@ class Guard:
     Args:
         tolerance: Largest error that is accepted, see `QUALITIES`.
         kept: Features kept of a stream: a forecast has at most one order less.
+        lead: So many steps at the beginning are computed.
     """
 
-    def __init__(self, tolerance: float, kept: int) -> None:
-        self.tolerance, self.kept = tolerance, kept
+    def __init__(self, tolerance: float, kept: int, lead: int = 0) -> None:
+        self.tolerance, self.kept, self.lead = tolerance, kept, lead
         self.forecast = Forecast(anchored=True)
         self._streams: dict[Hashable, _Stream] = {}
         self._measured: dict[int, list[Tensor]] = {}  # by order: squared errors and squares, on the device, in this step
@@ -85,23 +88,30 @@ class Guard:
             stream.sigmas, stream.samples = [sigma, *stream.sigmas[:2]], [sample, *stream.samples[:2]]
         self._nodes = list(stream.sigmas)
 
-    def allows(self, step: int, sigma: float) -> bool:
-        """Whether a step may reuse; `forecast` is what to inject then. All calls of a step get the same answer."""
+    def allows(self, step: int, sigma: float, level: float) -> bool:
+        """Whether a step may reuse; `forecast` is what to inject then. All calls of a step get the same answer.
+
+        Args:
+            step: Index of the executed step.
+            sigma: Its noise level.
+            level: The same as the share of the noise schedule that is passed, 0 to 1. Early errors decide about the
+                structure of the picture: less is accepted there.
+        """
         if step != self._step:
             self._resolve()
             self._step = step
             self._allowed = False
             known = [order for order in self._rates if order < len(self._nodes)]
             errors = {order: self._rates[order] * _reach(self._nodes, sigma, order) for order in known}
-            if errors and 0 < step - self._computed <= _LONGEST:
+            if errors and step >= self.lead and 0 < step - self._computed <= _LONGEST:
                 best = min(errors, key=lambda order: errors[order])
                 self.forecast = Forecast(anchored=True, order=best)
-                self._allowed = errors[best] <= self.tolerance
+                self._allowed = errors[best] <= self.tolerance * (1 - _EARLY * (1 - level))
         return self._allowed
 
     def restart(self) -> None:
         """Nothing seen so far holds any longer."""
-        self.__init__(self.tolerance, self.kept)  # type: ignore[misc]
+        self.__init__(self.tolerance, self.kept, self.lead)  # type: ignore[misc]
 
     def _resolve(self) -> None:
         """Read the errors of the last computed step; waits for the device, which by then is done with that step."""

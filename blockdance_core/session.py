@@ -22,6 +22,8 @@ from blockdance_core.streams import FeatureCache
 from blockdance_core.timing import Stopwatch
 from blockdance_core.visit import CallInfo, Moment, Visit
 
+_LEAD = 1 / 8
+"""Share of the steps that are computed first where nothing but the guard decides."""
 _LIMIT = 4
 """Stored bytes never exceed this many times the prediction, however many streams turn up later."""
 
@@ -59,7 +61,10 @@ class ModelState:
             config.policy.check(self.family.name, len(self.blocks))
         self.schedule: Schedule = planned(config, self.effective, levels, sampler)
         self.cache = FeatureCache(self.schedule.anchored, self.schedule.kept)
-        self.guard = Guard(QUALITIES[config.quality], self.cache.keep) if config.guarded and self.cache.anchored else None
+        self.guard: Guard | None = None
+        if config.guarded and self.cache.anchored:
+            lead = math.ceil(_LEAD * (len(levels) - 1)) if config.open else 0
+            self.guard = Guard(QUALITIES[config.quality], self.cache.keep, lead)
         self.broken: str | None = None
         self.first_evaluation: int | None = None
         self.predicted_bytes = 0
@@ -237,7 +242,8 @@ class Session:
             figures.calls += 1
             visit = None
             if state is not None and state.active:
-                info, moment = state.streams_of(describe()), Moment(self.step, self.evaluations, self.sigma)
+                moment = Moment(self.step, self.evaluations, self.sigma, self.levels[self.step])
+                info = state.streams_of(describe())
                 visit = Visit(state, state.schedule.steps[self.step], moment, info, self._streams(owner, info))
         with self.stopwatch.span(self.step, device):
             if state is None or visit is None:

@@ -38,11 +38,12 @@ class CallInfo(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """When a call happens: index of the executed step, number of the evaluation, and its noise level."""
+    """When a call happens: index of the executed step, number of the evaluation, its noise level, and the step's as a share."""
 
     step: int
     evaluation: int
     sigma: float
+    level: float
 
 
 @dataclasses.dataclass
@@ -106,7 +107,7 @@ class Visit:
         record, boundary = state.taps(*plan.record), None
         if plan.decision == REUSE and plan.boundary is not None:
             record, boundary = state.taps(plan.boundary), plan.boundary  # a compute forced inside a group stores
-            if state.guard is not None and not state.guard.allows(moment.step, moment.sigma):
+            if state.guard is not None and not state.guard.allows(moment.step, moment.sigma, moment.level):
                 boundary = None
         obstacle = self._obstacle()
         if obstacle and record:
