@@ -23,8 +23,6 @@ QUALITIES = {"off": math.inf, "near-lossless": 0.2, "balanced": 0.3, "draft": 0.
 _SAMPLES = 1 << 15
 """Values that a stream is judged by, at most."""
 _ORDERS = (0, 1, 2)
-_EARLY = 0.6
-"""By so much less of an error is accepted at pure noise."""
 _LONGEST = 8
 """So many steps may follow a computed one at most."""
 
@@ -43,11 +41,12 @@ class Guard:
     Args:
         tolerance: Largest error that is accepted, see `QUALITIES`.
         kept: Features kept of a stream: a forecast has at most one order less.
+        accepted: How much of the tolerance an error may take, for each step.
         lead: So many steps at the beginning are computed.
     """
 
-    def __init__(self, tolerance: float, kept: int, lead: int = 0) -> None:
-        self.tolerance, self.kept, self.lead = tolerance, kept, lead
+    def __init__(self, tolerance: float, kept: int, accepted: Sequence[float], lead: int = 0) -> None:
+        self.tolerance, self.kept, self.accepted, self.lead = tolerance, kept, accepted, lead
         self.forecast = Forecast(anchored=True)
         self._streams: dict[Hashable, _Stream] = {}
         self._measured: dict[int, list[Tensor]] = {}  # by order: squared errors and squares, on the device, in this step
@@ -88,15 +87,8 @@ class Guard:
             stream.sigmas, stream.samples = [sigma, *stream.sigmas[:2]], [sample, *stream.samples[:2]]
         self._nodes = list(stream.sigmas)
 
-    def allows(self, step: int, sigma: float, level: float) -> bool:
-        """Whether a step may reuse; `forecast` is what to inject then. All calls of a step get the same answer.
-
-        Args:
-            step: Index of the executed step.
-            sigma: Its noise level.
-            level: The same as the share of the noise schedule that is passed, 0 to 1. Early errors decide about the
-                structure of the picture: less is accepted there.
-        """
+    def allows(self, step: int, sigma: float) -> bool:
+        """Whether a step may reuse; `forecast` is what to inject then. All calls of a step get the same answer."""
         if step != self._step:
             self._resolve()
             self._step = step
@@ -106,12 +98,12 @@ class Guard:
             if errors and step >= self.lead and 0 < step - self._computed <= _LONGEST:
                 best = min(errors, key=lambda order: errors[order])
                 self.forecast = Forecast(anchored=True, order=best)
-                self._allowed = errors[best] <= self.tolerance * (1 - _EARLY * (1 - level))
+                self._allowed = errors[best] <= self.tolerance * self.accepted[step]
         return self._allowed
 
     def restart(self) -> None:
         """Nothing seen so far holds any longer."""
-        self.__init__(self.tolerance, self.kept, self.lead)  # type: ignore[misc]
+        self.__init__(self.tolerance, self.kept, self.accepted, self.lead)  # type: ignore[misc]
 
     def _resolve(self) -> None:
         """Read the errors of the last computed step; waits for the device, which by then is done with that step."""

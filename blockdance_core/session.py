@@ -53,7 +53,9 @@ def planned(config: Config, effective: Effective, levels: Sequence[float], sampl
 class ModelState:
     """What a session knows of one executing model: its blocks, its plan and its cache."""
 
-    def __init__(self, config: Config, diffusion_model: nn.Module, levels: Sequence[float], sampler: str) -> None:
+    def __init__(
+        self, config: Config, diffusion_model: nn.Module, levels: Sequence[float], accepted: Sequence[float], sampler: str
+    ) -> None:
         """Match the model and plan the run; a model that cannot be accelerated gets a plan without reuse."""
         self.family, self.blocks = families.find(diffusion_model)
         self.effective: Effective = resolve(config, self.family.defaults, len(self.blocks))
@@ -64,7 +66,7 @@ class ModelState:
         self.guard: Guard | None = None
         if config.guarded and self.cache.anchored:
             lead = math.ceil(_LEAD * (len(levels) - 1)) if config.open else 0
-            self.guard = Guard(QUALITIES[config.quality], self.cache.keep, lead)
+            self.guard = Guard(QUALITIES[config.quality], self.cache.keep, accepted, lead)
         self.broken: str | None = None
         self.first_evaluation: int | None = None
         self.predicted_bytes = 0
@@ -131,6 +133,7 @@ class Session:
         levels: The same as shares of the noise schedule, see `schedule.build`.
         listener: Told (step, decision) when a step is finished.
         sampler: Name of the sampler, for a policy.
+        accepted: How much of the guard's tolerance an error may take at each noise level; none for all of it.
     """
 
     def __init__(
@@ -140,11 +143,13 @@ class Session:
         levels: Sequence[float],
         listener: Callable[[int, str], None] | None = None,
         sampler: str = "",
+        accepted: Sequence[float] = (),
     ) -> None:
         self.config = config
         self.sampler = sampler
         self.sigmas = list(sigmas)
         self.levels = list(levels)
+        self.accepted = list(accepted) or [1.0] * len(self.levels)
         self.listener = listener
         self.figures = [StepFigures() for _ in range(max(len(self.sigmas) - 1, 0))]
         self.stopwatch = Stopwatch()
@@ -242,8 +247,7 @@ class Session:
             figures.calls += 1
             visit = None
             if state is not None and state.active:
-                moment = Moment(self.step, self.evaluations, self.sigma, self.levels[self.step])
-                info = state.streams_of(describe())
+                info, moment = state.streams_of(describe()), Moment(self.step, self.evaluations, self.sigma)
                 visit = Visit(state, state.schedule.steps[self.step], moment, info, self._streams(owner, info))
         with self.stopwatch.span(self.step, device):
             if state is None or visit is None:
@@ -300,7 +304,7 @@ class Session:
             return None
         if id(owner) not in self.models:
             try:
-                state = ModelState(self.config, diffusion_model, self.levels, self.sampler)
+                state = ModelState(self.config, diffusion_model, self.levels, self.accepted, self.sampler)
             except (families.UnsupportedModelError, ValueError) as error:
                 self.unsupported[id(owner)] = str(error)
                 self.warn(str(error))

@@ -38,12 +38,11 @@ class CallInfo(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """When a call happens: index of the executed step, number of the evaluation, its noise level, and the step's as a share."""
+    """When a call happens: index of the executed step, number of the evaluation, and its noise level."""
 
     step: int
     evaluation: int
     sigma: float
-    level: float
 
 
 @dataclasses.dataclass
@@ -107,7 +106,7 @@ class Visit:
         record, boundary = state.taps(*plan.record), None
         if plan.decision == REUSE and plan.boundary is not None:
             record, boundary = state.taps(plan.boundary), plan.boundary  # a compute forced inside a group stores
-            if state.guard is not None and not state.guard.allows(moment.step, moment.sigma, moment.level):
+            if state.guard is not None and not state.guard.allows(moment.step, moment.sigma):
                 boundary = None
         obstacle = self._obstacle()
         if obstacle and record:

@@ -23,7 +23,7 @@ from comfy.patcher_extension import WrappersMP
 from blockdance_core import families
 from blockdance_core.config import Config, Effective, resolve
 from blockdance_core.host import identity, notify
-from blockdance_core.host.levels import noise_levels
+from blockdance_core.host.levels import accepted_errors, noise_levels
 from blockdance_core.interception import taps
 from blockdance_core.report import run_record, summary
 from blockdance_core.session import Session, planned
@@ -130,7 +130,8 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
         })
 
     sampler = sampler_name(args[2] if len(args) > 2 else kwargs["sampler"])
-    session = Session(handle.config, sigmas, levels, tell, sampler)
+    accepted = accepted_errors(model_sampling, sigmas) if handle.config.guarded else []
+    session = Session(handle.config, sigmas, levels, tell, sampler, accepted)
     # A latent of several parts (video and audio) arrives flattened into one row; its shapes come beside it.
     shapes = kwargs.get("latent_shapes") or [args[0].shape if args else kwargs["noise"].shape]
     plan = planned(handle.config, handle.effective, levels, sampler)
