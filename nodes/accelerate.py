@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
-from blockdance_core.config import CACHE_DEVICES, FORECASTS, PRESETS, RECOMMENDED, WINDOWS, Config
+from blockdance_core.config import CACHE_DEVICES, FORECASTS, PRESETS, QUALITIES, RECOMMENDED, WINDOWS, Config
 from blockdance_core.families import UnsupportedModelError
 from blockdance_core.host import notify
 from blockdance_core.host.attach import attach, handle_of
@@ -53,6 +53,9 @@ class BlockDanceAccelerate(io.ComfyNode):
                 io.Custom("BLOCKDANCE_POLICY").Input("policy", optional=True, tooltip=(
                     "From Load BlockDance Policy: a calibrated choice of steps, in place of preset, start, end, window, "
                     "boundary and forecast. N says how fast.")),
+                io.Combo.Input("quality", options=list(QUALITIES), default="off", tooltip=(
+                    "Watches the forecasts and computes a step where they would be off by more than this. With the preset auto "
+                    "this alone decides, whatever N: as much reuse as the picture allows.")),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -72,12 +75,13 @@ class BlockDanceAccelerate(io.ComfyNode):
         forecast: str = "taylor",
         cache_device: str = "auto",
         policy: Any = None,
+        quality: str = "off",
     ) -> io.NodeOutput:
         """Returns the accelerated clone, or the model itself where it cannot be accelerated, and says so."""
         config = Config(
             enabled=enabled, preset=preset, group_size=group_size, start_percent=start_percent, end_percent=end_percent,
             window=window, boundary=boundary, forecast=forecast, cache_device=cache_device,
-            policy=policy,
+            policy=policy, quality=quality,
         )
         node_id = getattr(cls.hidden, "unique_id", None)
         try:
@@ -93,6 +97,7 @@ class BlockDanceAccelerate(io.ComfyNode):
             message = (
                 "off: every block is computed" if not config.active
                 else f"follows the policy {effective.policy}" if effective.policy
+                else f"skips {effective.boundary_label} wherever {quality} allows" if config.open
                 else f"skips {effective.boundary_label}"
             )
             notify.send("status", {

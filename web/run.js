@@ -115,7 +115,9 @@ export function timeText(run) {
  * @returns {string} for example `Skips 21 of 28 blocks on reuse steps, window 40 % to 95 % of the noise level, ...`
  */
 export function settingsText(effective) {
-  if (effective.policy) return `Policy ${effective.policy}, N = ${effective.group_size}`;
+  const guarded = effective.quality && effective.quality !== "off";
+  if (effective.policy) return `Policy ${effective.policy}, N = ${effective.group_size}${guarded ? `, ${effective.quality}` : ""}`;
+  if (guarded && effective.preset === "auto") return `Skips ${effective.boundary_label} wherever ${effective.quality} allows`;
   const of = effective.window === "steps" ? "of the steps" : "of the noise level";
   return [
     effective.boundary_label ? `Skips ${effective.boundary_label} on reuse steps` : "",
@@ -123,6 +125,7 @@ export function settingsText(effective) {
       ? `window ${percent(effective.start_percent)} to ${percent(effective.end_percent)} ${of}` : "",
     isNumber(effective.group_size) ? `N = ${effective.group_size}` : "",
     effective.forecast ?? "",
+    guarded ? effective.quality : "",
   ].filter(Boolean).join(", ");
 }
 

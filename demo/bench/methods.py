@@ -93,6 +93,14 @@ def calibrated(case: Case) -> Iterator[Setting]:
                 yield Setting(f"cut={cut:.3f}", planned(tuple(plan)))
 
 
+def guarded(case: Case) -> Iterator[Setting]:
+    """The online guard at each quality; nothing of it is calibrated."""
+    from blockdance_core.config import QUALITIES
+
+    for quality in QUALITIES[1:]:
+        yield Setting(quality, attached(quality=quality))
+
+
 def _fewer(sampler: str | None) -> Method:
     def method(case: Case) -> Iterator[Setting]:
         if sampler != case.sampler:
@@ -190,6 +198,7 @@ METHODS: dict[str, Method] = {
     "ours-paper": _preset("paper"),
     "ours-auto": _preset("auto"),
     "ours-calibrated": calibrated,
+    "ours-guarded": guarded,
     "fewer-steps": _fewer(None),
     **{f"fewer-steps-{sampler}": _fewer(sampler) for sampler in MULTISTEP},
     "easycache": _host("EasyCacheNode"),
