@@ -221,7 +221,7 @@ def neighbours(profile: Profile, plan: Plan, lead: int = 1) -> list[Plan]:
     found = []
     for index, k in enumerate(computed[1:-1], 1):
         for to in (k - 1, k + 1):
-            if lead <= to and to not in computed:
+            if lead <= min(k, to) and to not in computed:
                 moved = [*computed[:index], to, *computed[index + 1 :]]
                 ends = [*moved[1:], profile.steps]
                 found.append(plan_of(profile, [
