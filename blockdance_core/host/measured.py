@@ -48,7 +48,7 @@ class Measured:
             "steps": profile.steps, "sampler": first.sampler, "scheduler": first.scheduler, "denoise": first.denoise,
             "prompts": len(self.prompts), "samples": int(profile.errors.shape[0]), "boundaries": list(profile.boundaries),
             "costs": [round(cost, 4) for cost in profile.costs],
-            "errors": [[None if math.isnan(value) else value for value in row] for row in errors.tolist()],
+            "errors": [[value if math.isfinite(value) else None for value in row] for row in errors.tolist()],
             "rollouts": self.rollouts, "calls": self.calls, "seconds": round(self.seconds, 2),
         }
 
