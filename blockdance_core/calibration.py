@@ -8,7 +8,10 @@ error at some step matters in the end is measured too (`gain`). Errors of differ
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,6 +90,41 @@ def merged(profiles: Sequence[Profile]) -> Profile:
         first, costs=tuple(np.mean([one.costs for one in profiles], 0).tolist()),
         errors=np.concatenate([one.errors for one in profiles]), gains=np.concatenate([one.gains for one in profiles]),
     )
+
+
+def save_profile(profile: Profile, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+    """Write a profile, whole or not at all, as a NumPy archive; what it was measured with beside it, as JSON."""
+    rows = np.array(profile.forecasts, dtype=object)
+    fields = {
+        name: np.vectorize(lambda one, name=name: -1 if one is None else getattr(one, name), otypes=[float])(rows)
+        for name in ("anchored", "order", "damping")
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(path.name + ".part")
+    with written.open("wb") as file:
+        np.savez_compressed(
+            file, settings=json.dumps(dict(settings)), boundaries=profile.boundaries, costs=profile.costs, lags=profile.lags,
+            errors=profile.errors, gains=profile.gains, **fields,
+        )
+    os.replace(written, path)
+
+
+def load_profile(path: str | os.PathLike[str]) -> tuple[Profile, dict[str, Any]]:
+    """A profile and its settings, as `save_profile` wrote them; nothing in the file is executed."""
+    with np.load(path, allow_pickle=False) as file:
+        found = {name: file[name] for name in file.files}
+    rows = np.stack([found[name] for name in ("anchored", "order", "damping")], -1)
+
+    def named(of: np.ndarray) -> Any:
+        if of.ndim > 1:
+            return [named(one) for one in of]
+        anchored, order, damping = of.tolist()
+        return None if order < 0 else Forecast(bool(anchored), int(order), damping)
+
+    boundaries, costs, lags = (tuple(found[name].tolist()) for name in ("boundaries", "costs", "lags"))
+    settings: dict[str, Any] = json.loads(str(found["settings"]))
+    return Profile(boundaries, costs, lags, named(rows), found["errors"], found["gains"]), settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +221,7 @@ def neighbours(profile: Profile, plan: Plan, lead: int = 1) -> list[Plan]:
     found = []
     for index, k in enumerate(computed[1:-1], 1):
         for to in (k - 1, k + 1):
-            if lead <= to and to not in computed:
+            if lead <= min(k, to) and to not in computed:
                 moved = [*computed[:index], to, *computed[index + 1 :]]
                 ends = [*moved[1:], profile.steps]
                 found.append(plan_of(profile, [

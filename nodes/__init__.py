@@ -7,11 +7,13 @@ from comfy_api.latest import io
 from blockdance_core.host import paths
 
 from .accelerate import BlockDanceAccelerate
+from .calibrate import BlockDanceCalibrate
 from .load_policy import BlockDanceLoadPolicy
+from .profile import BlockDanceProfile
 from .report import BlockDanceReport
 
 
 def pack_nodes() -> list[type[io.ComfyNode]]:
     """Every node of the pack. Registers the folder of policy files, which the loader lists."""
     paths.register()
-    return [BlockDanceAccelerate, BlockDanceReport, BlockDanceLoadPolicy]
+    return [BlockDanceAccelerate, BlockDanceReport, BlockDanceLoadPolicy, BlockDanceProfile, BlockDanceCalibrate]

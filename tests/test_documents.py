@@ -56,6 +56,7 @@ def test_readme_names_every_family(family: Family) -> None:
 
 def test_changelog_names_every_input() -> None:
     changelog = (REPO / "CHANGELOG.md").read_text(encoding="utf-8")
-    nodes = ("BlockDanceAccelerate", "BlockDanceReport", "BlockDanceLoadPolicy")
-    for name in (*nodes, "model", "policy_name", *Config.__dataclass_fields__):
+    nodes = ("BlockDanceAccelerate", "BlockDanceReport", "BlockDanceLoadPolicy", "BlockDanceProfile", "BlockDanceCalibrate")
+    inputs = ("model", "policy_name", "profile", "boundaries", "cut", "fidelity", "effort")
+    for name in (*nodes, *inputs, *Config.__dataclass_fields__):
         assert f"`{name}`" in changelog

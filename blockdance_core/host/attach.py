@@ -52,12 +52,14 @@ class Handle:
         effective: The settings in force for this model.
         family: Name of the model family.
         width: Width of the model's tokens, for the estimate before the first evaluation.
+        quiet: Whether runs are neither logged nor shown on the page.
         taps: For every boundary, the blocks whose output is stored.
     """
 
-    def __init__(self, config: Config, node_id: str | None, match: families.Match) -> None:
+    def __init__(self, config: Config, node_id: str | None, match: families.Match, quiet: bool = False) -> None:
         self.config = config
         self.node_id = node_id
+        self.quiet = quiet
         self.family = match.family.name
         if config.active and config.policy is not None:
             config.policy.check(self.family, len(match.blocks))
@@ -79,20 +81,21 @@ class Handle:
         return [run for prompt, run in self._runs if prompt == prompt_id]
 
 
-def attach(model: ModelPatcher, config: Config, node_id: str | None = None) -> ModelPatcher:
+def attach(model: ModelPatcher, config: Config, node_id: str | None = None, quiet: bool = False) -> ModelPatcher:
     """A clone of `model` that is accelerated as configured whenever it is sampled. The input stays as it is.
 
     Args:
         model: The host's MODEL. If it was accelerated before, the new settings replace the old ones.
         config: Settings. Inactive ones (`enabled` false or N = 1) leave the result bit-identical; time is measured.
         node_id: The node to send messages to.
+        quiet: Neither log runs nor show them on the page, for one of hundreds.
 
     Raises:
         UnsupportedModelError: No list of blocks that can be skipped was found.
         ConfigError: The boundary is outside the depth of the model, or the policy is for another model.
     """
     diffusion_model = model.get_model_object("diffusion_model")
-    handle = Handle(config, node_id, families.find(diffusion_model))
+    handle = Handle(config, node_id, families.find(diffusion_model), quiet)
     clone = model.clone()
     for wrapper_type, wrapper in (
         (WrappersMP.OUTER_SAMPLE, functools.partial(_outer_sample, handle)),
@@ -123,6 +126,8 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
 
     def tell(step: int, decision: str) -> None:
         decisions[step] = decision
+        if handle.quiet:
+            return
         notify.send("progress", {
             "node_id": handle.node_id, "prompt_id": prompt_id,
             "step": step, "steps": len(session.figures), "decision": decision,
@@ -156,10 +161,11 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
         session.close()
         run = run_record(session, completed=completed)
         handle.add(run, prompt_id)
-        line = summary(run)
-        log.info("%s", line)
-        notify.send("run", {"node_id": handle.node_id, "prompt_id": prompt_id, "summary": line, "run": run})
-        notify.progress_text(line, sampler_node)
+        if not handle.quiet:
+            line = summary(run)
+            log.info("%s", line)
+            notify.send("run", {"node_id": handle.node_id, "prompt_id": prompt_id, "summary": line, "run": run})
+            notify.progress_text(line, sampler_node)
 
 
 def sampler_name(sampler: Any) -> str:

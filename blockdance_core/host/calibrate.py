@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from blockdance_core import families
-from blockdance_core.calibration import Found, Profile, chosen, front, merged, neighbours
+from blockdance_core.calibration import Forecasts, Found, Profile, chosen, front, merged, neighbours
 from blockdance_core.host import profiling
 from blockdance_core.host.attach import sampler_name
 from blockdance_core.host.levels import noise_levels
-from blockdance_core.host.rollout import Prompt, Rollouts
+from blockdance_core.host.rollout import Prompt, Rollouts, sigmas_of
 from blockdance_core.policy import Calibrated
 from blockdance_core.schedule import Plan
 
@@ -26,6 +27,7 @@ CUTS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 
 _LEADS = (0.0, 0.1, 0.15, 0.2, 0.3)
 """Shares of the steps that are computed first, to choose from: a program that adds errors up underrates early ones."""
 _TOLERANCE = 0.02
+_FEWEST = 3
 _SATURATION = 0.1
 """Squared error, as a share of the variance, at which a picture counts as half lost."""
 
@@ -47,9 +49,14 @@ class Checked:
     score: float
 
 
+def depth_of(model: ModelPatcher) -> int:
+    """Number of blocks."""
+    return len(families.find(model.get_model_object("diffusion_model")).blocks)
+
+
 def profiled(
     model: ModelPatcher, prompts: Sequence[Prompt], boundaries: Sequence[int] = (),
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    progress: Callable[[int, int], None] = lambda done, of: None, forecasts: Forecasts | None = None,
 ) -> tuple[Profile, list[Rollouts]]:
     """Measure what reuse costs on some prompts.
 
@@ -58,13 +65,17 @@ def profiled(
         prompts: What is sampled; all with the same sampler, scheduler and steps.
         boundaries: Boundaries to choose from; none for the last block alone.
         progress: Told how many of how many rollouts are done.
+        forecasts: Those that were chosen on other prompts, to measure with; by default they are chosen on these.
     """
-    depth = len(families.find(model.get_model_object("diffusion_model")).blocks)
+    depth = depth_of(model)
     boundaries = tuple(boundaries) or (depth - 1,)
     if any(not 0 <= boundary < depth for boundary in boundaries):
         raise ValueError(f"boundaries {list(boundaries)} must be 0 to {depth - 1}: this model has {depth} blocks")
-    steps = prompts[0].steps
-    each = len(profiling.groups(steps, len(boundaries))) + len(profiling.probes(steps)) + 2
+    steps = len(sigmas_of(model, prompts[0])) - 1
+    if steps < _FEWEST:
+        raise ValueError(f"A run of {max(steps, 0)} steps has none to reuse: the first and the last are always computed. "
+                         f"Choose {_FEWEST} or more.")
+    each = len(profiling.groups(steps, len(boundaries))) + len(profiling.probes(steps)) + 1 + (forecasts is None)
     done = 0
 
     def step(count: int = 1) -> None:
@@ -75,9 +86,11 @@ def profiled(
     rollouts, fits = [], []
     for prompt in prompts:
         rollouts.append(Rollouts(model, prompt))
-        fits.append(profiling.fit(rollouts[-1], boundaries))
-        step(2)
-    forecasts = chosen(np.sum(fits, 0))
+        step()
+        if forecasts is None:
+            fits.append(profiling.fit(rollouts[-1], boundaries))
+            step()
+    forecasts = chosen(np.sum(fits, 0)) if forecasts is None else forecasts
     return merged([profiling.measure(one, boundaries, forecasts, progress=step) for one in rollouts]), rollouts
 
 
@@ -102,11 +115,7 @@ def calibrated(
 
     def check(plan: Plan) -> Checked:
         if plan not in known:
-            shares = []
-            for one in checks:
-                error = one.distances(one.run(plan))[-1].square()
-                shares.append((error / one.full.result.double().flatten(1).var(1)).numpy())
-            share = np.concatenate(shares)
+            share = np.concatenate([one.errors(one.run(plan)).numpy() for one in checks])
             cut = sum(1 - cost[row.boundary] for row in plan if row) / steps
             known[plan] = Checked(plan, cut, float(share.mean()), float((share / (share + _SATURATION)).mean()))
         return known[plan]
@@ -114,6 +123,9 @@ def calibrated(
     found: list[Checked] = []
     for done, cut in enumerate(cuts):
         plans = {one.plan: lead for lead, of in reversed(fronts.items()) for one in _near(of, cut)}
+        if not plans and len(cuts) == 1:  # few steps have few cuts
+            reusing = [(abs(one.cut - cut), lead, one.plan) for lead, of in fronts.items() for one in of if any(one.plan)]
+            plans = {plan: lead for _, lead, plan in sorted(reusing, key=lambda row: row[:2])[:1]}
         if plans:
             best = min((check(plan) for plan in plans), key=lambda one: one.score)
             found.append(_climbed(profile, best, check, plans[best.plan], tries if cut >= 0.6 else 0))
@@ -148,12 +160,44 @@ def entry(model: ModelPatcher, prompt: Prompt, found: Sequence[Checked]) -> Cali
     """What was found, as a policy holds it."""
     import comfy.samplers
 
-    sampling = model.get_model_object("model_sampling")
-    sampler = comfy.samplers.KSampler(
-        model, prompt.steps, model.load_device, prompt.sampler, prompt.scheduler, prompt.denoise, model.model_options)
-    levels = noise_levels(sampling, [float(sigma) for sigma in sampler.sigmas])
+    levels = noise_levels(model.get_model_object("model_sampling"), sigmas_of(model, prompt))
     levels = [max(levels[: k + 1]) for k in range(len(levels))]
     return Calibrated(
         sampler=sampler_name(comfy.samplers.sampler_object(prompt.sampler)), scheduler=prompt.scheduler, levels=tuple(levels),
         plans=tuple(one.plan for one in found), cuts=tuple(one.cut for one in found), losses=tuple(one.loss for one in found),
     )
+
+
+def reaching(found: Sequence[Checked], fidelity: float) -> list[Checked]:
+    """The schedule that saves most of those that reach a fidelity, in dB.
+
+    Raises:
+        ValueError: None does.
+    """
+    good = [one for one in found if decibel(one.loss) >= fidelity]
+    if not good:
+        best = max((decibel(one.loss) for one in found), default=-math.inf)
+        raise ValueError(f"No schedule reaches {fidelity:g} dB on these prompts; the best one reaches {best:.1f} dB. "
+                         "Ask for less, or for a smaller cut.")
+    return [max(good, key=lambda one: one.cut)]
+
+
+def decibel(loss: float) -> float:
+    """A squared error relative to the variance as a distance in dB, more is better: 10 log10(1 / loss)."""
+    return -10 * math.log10(loss) if loss > 0 else math.inf
+
+
+def letters(plan: Plan) -> str:
+    """A plan in one word: C for a computed step, and the order of the forecast of one that reuses."""
+    return "".join("C" if row is None else str(row.forecast.order) for row in plan)
+
+
+def table(found: Sequence[Checked]) -> list[dict[str, Any]]:
+    """What was found, as plain JSON data."""
+    return [
+        {
+            "cut": round(one.cut, 4), "loss_db": round(decibel(one.loss), 2) if one.loss > 0 else None,
+            "plan": letters(one.plan), "boundaries": sorted({row.boundary for row in one.plan if row}),
+        }
+        for one in found
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,14 @@ def progress_text(text: str, node_id: str | None) -> None:
     server = _server()
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id)
+
+
+def progress_bar() -> Callable[[int, int], None]:
+    """The progress bar of the node that is executing: told how many of how many are done, it raises on an interrupt."""
+    from comfy.utils import ProgressBar
+
+    bar = ProgressBar(1)
+    return bar.update_absolute
 
 
 def executing() -> tuple[str | None, str | None]:

@@ -31,7 +31,7 @@ def fit(rollouts: Rollouts, boundaries: Sequence[int], lags: Sequence[int] = LAG
     Returns:
         Squared errors, [boundaries, steps, lags, longest, candidates]; NaN where a step or its history is not there.
     """
-    steps = rollouts.prompt.steps
+    steps = rollouts.steps
     recorder = _Recorder(families.find(rollouts.model.get_model_object("diffusion_model")).blocks, boundaries)
     rollouts.run([None] * steps, around=recorder)
     sigmas = rollouts.full.record["sigmas"]
@@ -64,7 +64,7 @@ def measure(
         longest: Longest group, steps.
         progress: Called after every rollout.
     """
-    steps, batch = rollouts.prompt.steps, rollouts.full.result.shape[0]
+    steps, batch = rollouts.steps, rollouts.full.result.shape[0]
     errors = np.full((batch, len(boundaries), steps, len(lags), longest), np.nan)
     errors[..., 0] = 0.0
     times: list[list[float]] = [[] for _ in boundaries]
@@ -97,7 +97,7 @@ def probes(steps: int) -> list[int]:
 def _gains(
     rollouts: Rollouts, boundaries: Sequence[int], forecasts: Forecasts, progress: Callable[[], None]
 ) -> np.ndarray:
-    steps = rollouts.prompt.steps
+    steps = rollouts.steps
     deepest = int(np.argmax(boundaries))
     at, gains = [], []
     for c in probes(steps):
@@ -146,5 +146,6 @@ class _Recorder:
             if output is not None and base is not None and output.shape == base.shape:
                 residual = (output.float() - base.float()).flatten()
                 parts.append(residual[:: -(-residual.numel() // _SAMPLES)].cpu())
-        taken = self.taken[index]
-        taken[self.step] = torch.cat([*([taken[self.step]] if self.step in taken else []), *parts])
+        if parts:
+            taken = self.taken[index]
+            taken[self.step] = torch.cat([*([taken[self.step]] if self.step in taken else []), *parts])

@@ -1,7 +1,7 @@
 """Sample the same prompt again and again with different plans, and compare with the full run.
 
-A rollout may *replay* steps of the full run: the sampler gets the predictions recorded there, and the model does not run.
-So any sampler, whatever it remembers, stands after k replayed steps exactly where the full run stood.
+A rollout may *replay* steps of the full run: guidance gets the predictions recorded there, and the model does not run. So any
+sampler, whatever it remembers, stands after k replayed steps exactly where the full run stood.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from typing import TYPE_CHECKING, Any
 
 import comfy.sample
+import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -42,6 +43,8 @@ class Prompt:
         sampler: Name of the sampler.
         scheduler: Name of the scheduler.
         denoise: Share of the noise schedule that is run.
+        noise_mask: Where the latent is painted anew, if not everywhere.
+        batch_index: Which noise of the seed each sample gets, if not the first ones.
     """
 
     positive: Any
@@ -53,6 +56,33 @@ class Prompt:
     sampler: str
     scheduler: str
     denoise: float = 1.0
+    noise_mask: Tensor | None = None
+    batch_index: Any = None
+
+
+def prompt_of(
+    model: ModelPatcher, positive: Any, negative: Any, latent_image: Mapping[str, Any], seed: int, steps: int, cfg: float,
+    sampler_name: str, scheduler: str, denoise: float = 1.0,
+) -> Prompt:
+    """The prompt that a KSampler node would sample, from its inputs."""
+    shares = {key: latent_image[key] for key in ("downscale_ratio_spacial", "downscale_ratio_temporal") if key in latent_image}
+    latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], **shares)
+    return Prompt(
+        positive, negative, latent, seed, steps, cfg, sampler_name, scheduler, denoise, latent_image.get("noise_mask"),
+        latent_image.get("batch_index"),
+    )
+
+
+def choices() -> tuple[list[str], list[str]]:
+    """Samplers and schedulers, as a KSampler node lists them."""
+    return list(comfy.samplers.KSampler.SAMPLERS), list(comfy.samplers.KSampler.SCHEDULERS)
+
+
+def sigmas_of(model: ModelPatcher, prompt: Prompt) -> list[float]:
+    """The sigmas that a prompt is sampled at, one more than there are steps; some schedulers give more or fewer than asked."""
+    sampler = comfy.samplers.KSampler(
+        model, prompt.steps, model.load_device, prompt.sampler, prompt.scheduler, prompt.denoise, model.model_options)
+    return [float(sigma) for sigma in sampler.sigmas]
 
 
 @dataclasses.dataclass
@@ -61,12 +91,12 @@ class Trajectory:
 
     Attributes:
         entered: Latent at the first evaluation of each step, [B, ...]; behind them the result.
-        predicted: Predictions of the clean latent, one for each evaluation of each step.
+        predicted: What the model predicted for every conditioning, one list for each time in each step that it was asked.
         record: The run's figures.
     """
 
     entered: list[Tensor] = dataclasses.field(default_factory=list)
-    predicted: list[list[Tensor]] = dataclasses.field(default_factory=list)
+    predicted: list[list[list[Tensor]]] = dataclasses.field(default_factory=list)
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -85,12 +115,20 @@ class Rollouts:
     Args:
         model: MODEL, as the sampler would get it.
         prompt: What is sampled.
+
+    Attributes:
+        steps: Number of executed steps.
+        full: The full run.
+        count: How many runs there were, the full one among them.
+        calls: How often the model was called in them.
     """
 
     def __init__(self, model: ModelPatcher, prompt: Prompt) -> None:
         self.model, self.prompt = model, prompt
-        self.noise = comfy.sample.prepare_noise(prompt.latent, prompt.seed)
-        self.full = self.run([None] * prompt.steps)
+        self.count = self.calls = 0
+        self.steps = len(sigmas_of(model, prompt)) - 1
+        self.noise = comfy.sample.prepare_noise(prompt.latent, prompt.seed, prompt.batch_index)
+        self.full = self.run([None] * self.steps)
 
     def run(
         self, plan: Plan, replayed: Container[int] = (), until: int | None = None, around: Callable[..., Any] | None = None
@@ -103,44 +141,73 @@ class Rollouts:
             until: Stop at the beginning of this step; the latent there is the last one in `entered`.
             around: Wraps every call of the model: a wrapper of the host's type APPLY_MODEL.
         """
-        model = attach(self.model, Config(policy=Fixed(tuple(plan))))
+        model = attach(self.model, Config(policy=Fixed(tuple(plan))), quiet=True)
         trajectory = Trajectory()
-        model.add_wrapper_with_key(
-            WrappersMP.PREDICT_NOISE, _KEY, functools.partial(self._predict, trajectory, replayed, until)
-        )
+        for wrapper_type, wrapper in (
+            (WrappersMP.SAMPLER_SAMPLE, functools.partial(self._sample, trajectory)),
+            (WrappersMP.PREDICT_NOISE, functools.partial(self._evaluate, trajectory, until)),
+            (WrappersMP.CALC_COND_BATCH, functools.partial(self._predict, trajectory, replayed)),
+        ):
+            model.add_wrapper_with_key(wrapper_type, _KEY, wrapper)
         if around is not None:
             model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, around)
         prompt = self.prompt
         with contextlib.suppress(_Enough):
-            result = comfy.sample.sample(
+            comfy.sample.sample(
                 model, self.noise, prompt.steps, prompt.cfg, prompt.sampler, prompt.scheduler, prompt.positive, prompt.negative,
-                prompt.latent, denoise=prompt.denoise, disable_pbar=True, seed=prompt.seed,
+                prompt.latent, denoise=prompt.denoise, noise_mask=prompt.noise_mask, disable_pbar=True, seed=prompt.seed,
             )
-            trajectory.entered.append(model.get_model_object("latent_format").process_in(result))
         handle = handle_of(model)
         assert handle is not None
         trajectory.record = handle.runs()[-1]
+        self.count += 1
+        self.calls += sum(trajectory.record["calls"])
         return trajectory
 
-    def _predict(
-        self, trajectory: Trajectory, replayed: Container[int], until: int | None,
+    def _sample(self, trajectory: Trajectory, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = executor(*args, **kwargs)
+        _reach(trajectory, self.steps, result)  # the host decodes its own result: this is the sampler's, and on its device
+        trajectory.predicted.pop()
+        return result
+
+    def _evaluate(
+        self, trajectory: Trajectory, until: int | None,
         executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], *args: Any, **kwargs: Any,
     ) -> Tensor:
         step = model_options["transformer_options"][KEY].step
-        while len(trajectory.predicted) <= step:
-            trajectory.entered.append(x.clone())
-            trajectory.predicted.append([])
+        _reach(trajectory, step, x)
         if until is not None and step >= until:
             raise _Enough
-        before = trajectory.predicted[step]
-        if step in replayed:
-            prediction = self.full.predicted[step][len(before)].clone()
-        else:
-            prediction = executor(x, timestep, model_options, *args, **kwargs)
-        before.append(prediction.clone())
+        prediction: Tensor = executor(x, timestep, model_options, *args, **kwargs)
         return prediction
 
+    def _predict(
+        self, trajectory: Trajectory, replayed: Container[int],
+        executor: Any, model: Any, conds: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], *args: Any,
+    ) -> list[Tensor]:
+        step = model_options["transformer_options"][KEY].step
+        before = trajectory.predicted[step]
+        if step not in replayed:
+            predictions = list(executor(model, conds, x, timestep, model_options, *args))
+        elif len(before) < len(self.full.predicted[step]):
+            predictions = [one.clone() for one in self.full.predicted[step][len(before)]]
+        else:
+            raise ValueError(f"The sampler {self.prompt.sampler} evaluates step {step} more often than in the full run: it "
+                             "cannot be profiled. Choose another one.")
+        before.append([one.clone() for one in predictions])
+        return predictions
+
     def distances(self, trajectory: Trajectory) -> Tensor:
-        """Root mean square distance of every entered latent to the full run's, [steps seen, B]."""
+        """Root mean square distance of every entered latent to the full run's, [steps seen, B], float64 on the CPU."""
         pairs = zip(trajectory.entered, self.full.entered, strict=False)
-        return torch.stack([(one.double() - other.double()).flatten(1).square().mean(1).sqrt() for one, other in pairs])
+        return torch.stack([(one.double() - other.double()).flatten(1).square().mean(1).sqrt() for one, other in pairs]).cpu()
+
+    def errors(self, trajectory: Trajectory) -> Tensor:
+        """Squared error of every result as a share of the variance of the full run's, [B], float64 on the CPU."""
+        return self.distances(trajectory)[-1].square() / self.full.result.double().flatten(1).var(1).cpu()
+
+
+def _reach(trajectory: Trajectory, step: int, x: Tensor) -> None:
+    while len(trajectory.predicted) <= step:
+        trajectory.entered.append(x.clone())
+        trajectory.predicted.append([])

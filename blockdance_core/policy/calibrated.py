@@ -65,6 +65,11 @@ class Calibrated:
         """Number of steps that were calibrated."""
         return len(self.levels) - 1
 
+    @property
+    def key(self) -> str:
+        """Sampler, scheduler and steps in words; a policy holds one calibration of each."""
+        return f"{self.sampler} {self.scheduler} {self.steps}"
+
     def position(self, level: float) -> float:
         """How many of the calibrated steps are over at a noise level, 0 to n, with fractions."""
         if level <= self.levels[0]:
@@ -166,6 +171,12 @@ class SchedulePolicy:
         """The largest boundary of any plan."""
         rows = (row for entry in self.entries for plan in entry.plans for row in plan)
         return max((row.boundary for row in rows if row), default=None)
+
+    def extended(self, calibration: Calibrated) -> SchedulePolicy:
+        """The same policy with one more calibration, in place of that of the same sampler, scheduler and steps."""
+        entries = (*(entry for entry in self.entries if entry.key != calibration.key), calibration)
+        in_order = sorted(entries, key=lambda entry: (entry.sampler, entry.scheduler, entry.steps))
+        return dataclasses.replace(self, entries=tuple(in_order))
 
     def check(self, family: str, depth: int) -> None:
         """Raise a `ConfigError` unless it is for a model of this family and depth."""

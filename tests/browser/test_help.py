@@ -10,7 +10,7 @@ import pytest
 from browser.page import EXTENSION, NodePage, accelerate
 from playwright.sync_api import expect
 
-NODES = ("BlockDanceAccelerate", "BlockDanceReport", "BlockDanceLoadPolicy")
+NODES = ("BlockDanceAccelerate", "BlockDanceReport", "BlockDanceLoadPolicy", "BlockDanceProfile", "BlockDanceCalibrate")
 
 
 def fetch(url: str) -> str:

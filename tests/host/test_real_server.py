@@ -21,7 +21,8 @@ from host import launcher, server
 from PIL import Image
 
 from blockdance_core.forecast import FORECASTS
-from blockdance_core.policy import Calibrated, SchedulePolicy, save
+from blockdance_core.host.calibrate import letters
+from blockdance_core.policy import Calibrated, SchedulePolicy, load, save
 from blockdance_core.schedule import Reuse
 
 pytestmark = pytest.mark.smoke
@@ -199,6 +200,45 @@ def test_policy_file_is_listed_loaded_and_loaded_again_when_it_changes(client: C
     (folder / "tiny.safetensors").write_bytes(b"garbage")
     entry = client.finished(client.queue(1, prompt, **settings))
     assert "Cannot use the policy file" in json.dumps(entry["status"])
+
+
+def test_profiled_calibrated_and_used_in_one_graph_then_interrupted(client: Client) -> None:
+    prompt = copy.deepcopy(TINY)
+    prompt["3"]["inputs"]["amount"] = 1
+    sampling = {"steps": 8, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    prompt["4"]["inputs"].update(sampling)
+    for number, before in (("6", None), ("7", "6")):
+        prompt[number] = {"class_type": "BlockDanceProfile", "inputs": {
+            **prompt["4"]["inputs"], **sampling, "model": ["1", 0], "seed": int(number), "boundaries": "",
+            **({"profile": [before, 0]} if before else {})}}
+    prompt["8"] = {"class_type": "BlockDanceCalibrate", "inputs": {
+        "profile": ["7", 0], "policy_name": "found", "cut": 0.1, "fidelity": 0.0, "effort": 0}}
+    prompt["2"]["inputs"]["policy"] = ["8", 0]
+    entry = client.finished(client.queue(1, prompt))
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    assert {"5", "6", "7", "8"} <= set(entry["outputs"])
+    report = json.loads(entry["outputs"]["8"]["text"][0])
+    policy = load(client.base / "models" / "blockdance" / "found.safetensors")
+    assert report["path"].endswith("found.safetensors")
+    assert [row["plan"] for row in report["levels"]] == [letters(plan) for plan in policy.entries[0].plans]
+    assert json.loads(entry["outputs"]["7"]["text"][0])["prompts"] == 2
+
+    prompt["8"]["inputs"]["policy_name"] = "../found"
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        client.queue(1, prompt)
+    assert "is no file name" in refused.value.read().decode()
+
+    plain = client.latent(client.queue(1, TINY, enabled=False, steps=4))
+    long = {name: prompt[name] for name in ("1", "3", "6", "8")}
+    long["6"]["inputs"]["steps"] = 60
+    long["8"]["inputs"].update({"profile": ["6", 0], "policy_name": "long"})
+    running = client.queue(1, long)
+    client.running(running)
+    client.post("/interrupt", {"prompt_id": running})
+    entry = client.finished(running)
+    assert "execution_interrupted" in json.dumps(entry["status"])
+    client.post("/free", {"unload_models": False, "free_memory": True})
+    assert client.latent(client.queue(1, TINY, enabled=False, steps=4)) == plain
 
 
 def test_cancelled_while_others_wait_the_others_are_unharmed(client: Client) -> None:

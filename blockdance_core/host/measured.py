@@ -1,0 +1,184 @@
+"""A profile with all that it was measured on, and the policy file that becomes of it: what the nodes and the program share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blockdance_core import families
+from blockdance_core.calibration import Profile, merged
+from blockdance_core.host.calibrate import CUTS, calibrated, entry, profiled, reaching, table
+from blockdance_core.host.rollout import Prompt, Rollouts, sigmas_of
+from blockdance_core.policy import Calibrated, SchedulePolicy, load, save
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What reuse costs, with everything that a calibration needs besides.
+
+    Attributes:
+        model: MODEL that was sampled.
+        prompts: What was sampled, one after the other.
+        profile: Of all prompts.
+        rollouts: Number of runs that it took.
+        calls: Calls of the model in them.
+        seconds: Time that they took.
+    """
+
+    model: ModelPatcher
+    prompts: tuple[Prompt, ...]
+    profile: Profile
+    rollouts: int
+    calls: int
+    seconds: float
+
+    def report(self) -> dict[str, Any]:
+        """What was measured, as plain JSON data; `errors` is the mean distance that one reuse step adds, for every step."""
+        first, profile = self.prompts[0], self.profile
+        errors = profile.errors[:, :, :, 0, 1].mean(0)  # [boundaries, steps]
+        return {
+            "steps": profile.steps, "sampler": first.sampler, "scheduler": first.scheduler, "denoise": first.denoise,
+            "prompts": len(self.prompts), "samples": int(profile.errors.shape[0]), "boundaries": list(profile.boundaries),
+            "costs": [round(cost, 4) for cost in profile.costs],
+            "errors": [[value if math.isfinite(value) else None for value in row] for row in errors.tolist()],
+            "rollouts": self.rollouts, "calls": self.calls, "seconds": round(self.seconds, 2),
+        }
+
+
+def extended(
+    before: Measured | None, model: ModelPatcher, prompt: Prompt, boundaries: Sequence[int] = (),
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Measured:
+    """Measure one more prompt, with the boundaries and forecasts of the first one; or the first.
+
+    Raises:
+        ValueError: It is another model than before, or is sampled in another way.
+    """
+    begun = time.perf_counter()
+    forecasts = None
+    if before is not None:
+        _require_alike(before, model, prompt, boundaries)
+        boundaries, forecasts = before.profile.boundaries, before.profile.forecasts
+    profile, rollouts = profiled(model, [prompt], boundaries, progress, forecasts)
+    runs, calls, seconds = rollouts[0].count, rollouts[0].calls, time.perf_counter() - begun
+    if before is None:
+        return Measured(model, (prompt,), profile, runs, calls, seconds)
+    return Measured(
+        before.model, (*before.prompts, prompt), merged([before.profile, profile]), before.rollouts + runs,
+        before.calls + calls, before.seconds + seconds,
+    )
+
+
+def _require_alike(before: Measured, model: ModelPatcher, prompt: Prompt, boundaries: Sequence[int]) -> None:
+    first = before.prompts[0]
+    for name, one, other in (
+        ("model", (id(before.model.model), before.model.patches_uuid), (id(model.model), model.patches_uuid)),
+        ("sampler", first.sampler, prompt.sampler),
+        ("noise levels (steps, scheduler, denoise)", sigmas_of(before.model, first), sigmas_of(model, prompt)),
+        ("boundaries", before.profile.boundaries, tuple(boundaries) or before.profile.boundaries),
+    ):
+        if one != other:
+            raise ValueError(f"The profile of the prompts before was measured with another {name}: all prompts of a profile "
+                             "must have the same.")
+
+
+def parse_boundaries(text: str, depth: int) -> tuple[int, ...]:
+    """Boundaries from a list such as `0.75, 27`: block indices, or shares of the depth as round(share * depth) - 1.
+
+    Raises:
+        ValueError: Something in the list is neither.
+    """
+    found = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            index = int(part) if part.isdecimal() else round(float(part) * depth) - 1
+        except (ValueError, OverflowError):
+            index = -1
+        if not 0 <= index < depth:
+            raise ValueError(f"boundaries holds {part!r}: expected block indices 0 to {depth - 1}, or shares such as 0.75, "
+                             "with commas between them.")
+        found.add(index)
+    return tuple(sorted(found))
+
+
+def calibrate(
+    measured: Measured, path: str | os.PathLike[str], cuts: Sequence[float] = CUTS, fidelity: float = 0.0, tries: int = 0,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[SchedulePolicy, dict[str, Any]]:
+    """Find the schedules of a profile, prove them on its own prompts, and add them to a policy file.
+
+    Args:
+        measured: What reuse costs.
+        path: The policy file.
+        cuts: Shares of the time to save.
+        fidelity: Keep the schedule alone that saves most of those that reach so many dB; 0 keeps all.
+        tries: See `calibrated`.
+        progress: Told how many of how many cuts are done.
+
+    Returns:
+        The policy as it stands in the file, and what was found as plain JSON data.
+
+    Raises:
+        ConfigError: The file is there already, and damaged or for another model.
+        ValueError: There is no such schedule.
+    """
+    kept(path, measured.model)
+    begun = time.perf_counter()
+    checks = [Rollouts(measured.model, prompt) for prompt in measured.prompts]
+    found = calibrated(measured.profile, checks, cuts, tries, progress)
+    found = reaching(found, fidelity) if fidelity else found
+    if not found:
+        raise ValueError(f"No schedule of {measured.profile.steps} steps saves a share of the time near {list(cuts)}.")
+    report = {
+        "levels": table(found),
+        "cost": {
+            "rollouts": measured.rollouts + sum(one.count for one in checks),
+            "calls": measured.calls + sum(one.calls for one in checks),
+            "seconds": round(measured.seconds + time.perf_counter() - begun, 2),
+        },
+    }
+    record = {**measured.report(), "cfg": measured.prompts[0].cfg, "fidelity_db": fidelity, **report}
+    policy = keep(path, measured.model, entry(measured.model, measured.prompts[0], found), record)
+    return policy, {**report, "path": str(path)}
+
+
+def keep(
+    path: str | os.PathLike[str], model: ModelPatcher, calibration: Calibrated, record: Mapping[str, Any]
+) -> SchedulePolicy:
+    """Add a calibration to a policy file, or make the file. It replaces one of the same sampler, scheduler and steps.
+
+    Returns:
+        The policy as it stands in the file.
+    """
+    path = Path(path)
+    before = kept(path, model)
+    policy = SchedulePolicy(path.stem, *_kind(model), (calibration,)) if before is None else before.extended(calibration)
+    records = {**policy.record.get("calibrations", {}), calibration.key: dict(record)}
+    save(dataclasses.replace(policy, record={**policy.record, "calibrations": records}), path)
+    return load(path)
+
+
+def kept(path: str | os.PathLike[str], model: ModelPatcher) -> SchedulePolicy | None:
+    """The policy that is in a file, None if there is no file.
+
+    Raises:
+        ConfigError: The file is damaged, or for another model.
+    """
+    if not os.path.lexists(path):
+        return None
+    policy = load(path)
+    policy.check(*_kind(model))
+    return policy
+
+
+def _kind(model: ModelPatcher) -> tuple[str, int]:
+    match = families.find(model.get_model_object("diffusion_model"))
+    return match.family.name, len(match.blocks)

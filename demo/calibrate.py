@@ -1,0 +1,178 @@
+"""Find the best schedules for a demo model and keep them in a policy file; started again, it goes on where it ended.
+
+For each number of steps: profile what reuse would cost on captions of the train split, let the program find the schedules,
+prove them on further captions, and add them to the file. The test split is for figures only and never seen here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from demo.architectures import ARCHITECTURES
+from demo.bench.runner import prompts as mixed_captions
+from demo.hosting import launcher
+from demo.loader import MODELS, empty_latent, load_demo
+
+BATCH = 4
+POLICIES = Path(__file__).parent / "policies"
+_SEEDS = {"profile": 1_000_000, "checks": 2_000_000}
+"""Noise of neither the benchmark nor each other."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python dev.py calibrate", description=__doc__)
+    top.add_argument("--model", choices=MODELS, default="sd3-mini", help="default: %(default)s")
+    top.add_argument("--steps", type=int, nargs="+", help="numbers of steps; one after the other")
+    for name, kind in (("sampler", str), ("scheduler", str), ("cfg", float)):
+        top.add_argument(f"--{name}", type=kind, help="in place of the model's own")
+    top.add_argument("--prompts", type=int, default=8, help="captions to profile on, half of them hard (default %(default)s)")
+    top.add_argument("--checks", type=int, default=8, help="further captions to prove schedules on (default %(default)s)")
+    top.add_argument("--boundaries", default="", metavar="LIST",
+                     help="block indices, or shares such as 0.75, with commas between (default: the last block)")
+    top.add_argument("--effort", type=int, default=0, metavar="N", help="N further runs for every high level, to improve it")
+    top.add_argument("--seed", type=int, default=0, help="of captions and noise")
+    top.add_argument("--out", type=Path, metavar="PATH", help="the policy file (default: demo/policies/<model>.safetensors)")
+    top.add_argument("--again", action="store_true", help="also calibrate what the file holds already")
+    top.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Calibrate; 0 on success."""
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(given)
+    own = ARCHITECTURES[options.model].sampling
+    for name in ("sampler", "scheduler", "cfg"):
+        if getattr(options, name) is None:
+            setattr(options, name, own[name])
+    launcher.enter(*(() if torch.cuda.is_available() else ("--cpu",)))
+    torch.set_num_threads(options.threads)
+    logging.getLogger().setLevel(logging.WARNING)
+    demo = load_demo(options.model)
+    out = options.out or POLICIES / f"{options.model}.safetensors"
+    command = shlex.join(["python", "dev.py", "calibrate", *given])
+    for steps in options.steps or [own["steps"]]:
+        calibrate(demo, options, steps, out, command)
+    return 0
+
+
+def calibrate(demo: Any, options: argparse.Namespace, steps: int, out: Path, command: str) -> None:
+    """One number of steps, from the profile to the file; nothing if the file holds it already."""
+    from blockdance_core.calibration import save_profile
+    from blockdance_core.host.calibrate import calibrated, depth_of, entry, profiled, table
+    from blockdance_core.host.measured import keep, kept, parse_boundaries
+    from blockdance_core.host.rollout import Rollouts
+
+    settings = {
+        "model": options.model, "split": "train", "seed": options.seed, "noise_seeds": _SEEDS, "sampler": options.sampler,
+        "scheduler": options.scheduler, "steps": steps, "cfg": options.cfg, "prompts": options.prompts, "batch": BATCH,
+        "boundaries": list(parse_boundaries(options.boundaries, depth_of(demo.model)) or (depth_of(demo.model) - 1,)),
+    }
+    how = {"checks": options.checks, "effort": options.effort}
+    title = f"{options.model}, {steps} steps of {options.sampler} {options.scheduler}"
+    policy = kept(out, demo.model)
+    records = policy.record.get("calibrations", {}).values() if policy else ()
+    if not options.again and any((settings | how).items() <= record.items() for record in records):
+        print(f"{title}: already in {out}")
+        return
+    beside = out.with_name(f"{out.name}.{options.sampler}-{steps}.npz")
+    begun = time.perf_counter()
+    found = _resumed(beside, settings)
+    if found is None:
+        with _bar(f"{title}: profile") as progress:
+            prompts = _prompts(demo, options, steps, "profile")
+            profile, rollouts = profiled(demo.model, prompts, settings["boundaries"], progress)
+        cost = _cost(rollouts, begun)
+        save_profile(profile, beside, settings | {"cost": cost})
+        found = profile, cost
+    profile, cost = found
+    begun = time.perf_counter()
+    checks = [Rollouts(demo.model, one) for one in _prompts(demo, options, steps, "checks")]
+    with _bar(f"{title}: schedules") as progress:
+        levels = calibrated(profile, checks, tries=options.effort, progress=progress)
+    if not levels:
+        raise SystemExit(f"{title}: no schedule was found; take more steps")
+    cost = {name: round(value + cost[name], 2) for name, value in _cost(checks, begun).items()}
+    rows = table(levels)
+    record = {
+        **settings, **how, "costs": [round(value, 4) for value in profile.costs], "levels": rows, "cost": cost,
+        "versions": _versions(), "threads": options.threads, "command": command,
+    }
+    keep(out, demo.model, entry(demo.model, checks[0].prompt, levels), record)
+    beside.unlink(missing_ok=True)
+    print(f"{title}\n" + "\n".join(lines(rows)))
+    print(f"{cost['rollouts']} rollouts, {cost['calls']} calls of the model, {cost['seconds']:.0f} s; in {out}", flush=True)
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The levels as text."""
+    yield f"{'cut':>7}{'loss':>9}  plan"
+    for row in rows:
+        loss = "-" if row["loss_db"] is None else f"{row['loss_db']:.1f} dB"
+        yield f"{row['cut']:>7.1%}{loss:>9}  {row['plan']}  {','.join(map(str, row['boundaries']))}"
+
+
+def _prompts(demo: Any, options: argparse.Namespace, steps: int, part: str) -> list[Any]:
+    """Prompts to profile or to check on, in batches."""
+    from blockdance_core.host.rollout import Prompt
+
+    first = _SEEDS[part] + 1000 * options.seed
+    count = options.prompts if part == "profile" else options.checks
+    captions = mixed_captions(options.model, "train", count, first)
+    batches = [captions[start : start + BATCH] for start in range(0, count, BATCH)]
+    return [
+        Prompt(demo.encode(batch), demo.encode([""]), empty_latent(demo.model, len(batch)), first + number, steps, options.cfg,
+               options.sampler, options.scheduler)
+        for number, batch in enumerate(batches)
+    ]
+
+
+def _resumed(path: Path, settings: dict[str, Any]) -> tuple[Any, dict[str, float]] | None:
+    """The profile that an earlier call left, and what it took."""
+    from blockdance_core.calibration import load_profile
+
+    if not path.is_file():
+        return None
+    profile, kept = load_profile(path)
+    return (profile, kept["cost"]) if settings.items() <= kept.items() else None
+
+
+def _cost(rollouts: Sequence[Any], begun: float) -> dict[str, float]:
+    return {
+        "rollouts": sum(one.count for one in rollouts), "calls": sum(one.calls for one in rollouts),
+        "seconds": round(time.perf_counter() - begun, 2),
+    }
+
+
+def _versions() -> dict[str, str]:
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    version = next(line.split('"')[1] for line in project.splitlines() if line.startswith("version"))
+    return {"torch": torch.__version__, "pack": version}
+
+
+@contextlib.contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr, told how many of how many are done."""
+    from tqdm import tqdm
+
+    with tqdm(desc=title, file=sys.stderr) as bar:
+        def show(done: int, of: int) -> None:
+            bar.total = of
+            bar.update(done - bar.n)
+
+        yield show
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

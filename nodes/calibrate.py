@@ -1,0 +1,63 @@
+"""BlockDanceCalibrate: BLOCKDANCE_PROFILE -> a policy file, and what it saves and costs."""
+
+from __future__ import annotations
+
+import json
+
+from comfy_api.latest import io, ui
+
+from blockdance_core.host import notify
+from blockdance_core.host.calibrate import CUTS
+from blockdance_core.host.measured import Measured, calibrate
+from blockdance_core.host.paths import new_policy_path
+
+from .load_policy import PolicyType
+from .profile import ProfileType
+
+
+class BlockDanceCalibrate(io.ComfyNode):
+    """Finds the schedules, proves them on the profile's prompts and saves them."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Ids and order are API."""
+        return io.Schema(
+            node_id="BlockDanceCalibrate",
+            display_name="BlockDance Calibrate",
+            category="model/BlockDance",
+            description="Finds the best schedules of reuse for what was profiled, and saves them as a policy file.",
+            search_aliases=["policy", "schedule", "optimise"],
+            is_output_node=True,
+            inputs=[
+                ProfileType.Input("profile", tooltip="From BlockDance Profile."),
+                io.String.Input("policy_name", default="my-policy", tooltip=(
+                    "Name of the file in models/blockdance. Schedules for other samplers and steps that it holds are kept.")),
+                io.Float.Input("cut", default=0.0, min=0.0, max=0.9, step=0.01, tooltip=(
+                    "Share of the model's time to save. 0: a range of levels, of which N picks one.")),
+                io.Float.Input("fidelity", default=0.0, min=0.0, max=200.0, step=0.5, tooltip=(
+                    "Keep only the cheapest schedule that is as close to the full run as this, in dB. 0: keep all.")),
+                io.Int.Input("effort", default=0, min=0, max=10000, tooltip=(
+                    "So many further runs for every high level, to improve it.")),
+            ],
+            outputs=[
+                PolicyType.Output(display_name="policy", tooltip="For the input `policy` of BlockDance Accelerate."),
+                io.String.Output(display_name="report", tooltip="JSON; its keys are described in the help page."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, policy_name: str) -> bool | str:
+        """Says what a name may be."""
+        try:
+            new_policy_path(policy_name)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, profile: Measured, policy_name: str, cut: float, fidelity: float, effort: int) -> io.NodeOutput:
+        """Returns the policy as it stands in the file, and what was found as JSON."""
+        policy, report = calibrate(
+            profile, new_policy_path(policy_name), (cut,) if cut else CUTS, fidelity, effort, notify.progress_bar())
+        text = json.dumps(report, allow_nan=False)
+        return io.NodeOutput(policy, text, ui=ui.PreviewText(text))

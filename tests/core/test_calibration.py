@@ -1,0 +1,171 @@
+"""The program against every plan there is, and profiles on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blockdance_core.calibration import (
+    CANDIDATES,
+    Found,
+    Profile,
+    chosen,
+    front,
+    load_profile,
+    merged,
+    neighbours,
+    plan_of,
+    save_profile,
+)
+from blockdance_core.schedule import REUSE, Plan, follow
+
+STEPS, LONGEST = 7, 4
+BOUNDARIES = (5, 7)
+UNIT = 24
+
+
+def profile(steps: int = STEPS, seed: int = 0, prompts: int = 3) -> Profile:
+    """Errors that grow with the size of a group, drawn at random; costs that are whole parts of a step."""
+    rng = np.random.default_rng(seed)
+    lags = (1, 2, 3)
+    errors = rng.uniform(0.1, 1, (prompts, len(BOUNDARIES), steps, len(lags), LONGEST)).cumsum(-1)
+    errors[..., 0] = 0
+    for c, i in itertools.product(range(steps), range(len(lags))):
+        errors[:, :, c, i, max(1, steps - 1 - c):] = np.nan  # the last step is computed
+        if lags[i] > max(c, 1):
+            errors[:, :, c, i] = np.nan
+    picks = rng.integers(len(CANDIDATES), size=(len(BOUNDARIES), steps, len(lags), LONGEST))
+    forecasts = [[[[None, *(CANDIDATES[k] for k in row[1:])] for row in lag] for lag in step] for step in picks]
+    return Profile(BOUNDARIES, (6 / UNIT, 3 / UNIT), lags, forecasts, errors, rng.uniform(0.5, 2, (prompts, steps + 1)))
+
+
+def every_way(steps: int, lead: int) -> list[list[tuple[int, int, int]]]:
+    """Every list of groups (computed step, size, way) with the first `lead` steps and the last computed."""
+    @functools.cache
+    def behind(c: int) -> list[list[tuple[int, int, int]]]:
+        if c == steps:
+            return [[]]
+        return [
+            [(c, size, way), *rest] for size in range(1, min(LONGEST, steps - c) + 1)
+            if size == 1 or (c + size < steps and c + 1 >= lead)
+            for way in (range(len(BOUNDARIES)) if size > 1 else (0,)) for rest in behind(c + size)
+        ]
+
+    return behind(0)
+
+
+def expected(one: Profile, groups: list[tuple[int, int, int]]) -> tuple[float, float]:
+    """Cut and loss of groups, restated: errors times gains, squared, mean over the prompts, added up."""
+    saved, loss, lag = 0.0, 0.0, 1
+    for c, size, way in groups:
+        if size > 1:
+            nearest = min(range(len(one.lags)), key=lambda i: abs(one.lags[i] - lag))
+            end = min(c + size, one.steps)
+            loss += float(np.mean((one.errors[:, way, c, nearest, size - 1] * one.gains[:, end]) ** 2))
+            saved += (size - 1) * (1 - one.costs[way])
+        lag = size
+    return saved / one.steps, loss
+
+
+@pytest.mark.parametrize("lead", [1, 3])
+@pytest.mark.parametrize("steps", [3, 5, 7])
+def test_front_is_the_best_of_all_plans(steps: int, lead: int) -> None:
+    one = profile(steps)
+    found = front(one, lead)
+    all_plans = [expected(one, groups) for groups in every_way(steps, lead)]
+    for cut in sorted({cut for cut, loss in all_plans if math.isfinite(loss)}):
+        best = min(loss for other, loss in all_plans if other >= cut - 1e-9)
+        assert min(one.loss for one in found if one.cut >= cut - 1e-9) == pytest.approx(best)
+    table = {round(cut, 9): min(loss for other, loss in all_plans if abs(other - cut) < 1e-9) for cut, loss in all_plans}
+    for row in found:
+        assert row.loss == pytest.approx(table[round(row.cut, 9)])
+
+
+def test_front_ascends_and_what_saves_more_costs_more() -> None:
+    found = front(profile())
+    assert found[0] == Found((None,) * STEPS, 0.0, 0.0)
+    assert len(found) > 5
+    for one, other in itertools.pairwise(found):
+        assert one.cut < other.cut
+        assert one.loss < other.loss
+
+
+@pytest.mark.parametrize("lead", [1, 2, 4])
+def test_first_steps_and_the_last_are_computed(lead: int) -> None:
+    for one in front(profile(), lead):
+        assert not any(one.plan[:lead])
+        assert one.plan[-1] is None
+
+
+def groups_of(plan: Plan) -> list[tuple[int, int]]:
+    starts = [k for k, row in enumerate(plan) if row is None]
+    return [(start, end - start) for start, end in zip(starts, [*starts[1:], len(plan)], strict=True)]
+
+
+def test_plans_are_followed_as_they_are_and_have_one_boundary_a_group() -> None:
+    for one in front(profile()):
+        steps = follow(one.plan).steps
+        assert [step.decision == REUSE for step in steps] == [row is not None for row in one.plan]
+        for start, size in groups_of(one.plan):
+            assert len({row.boundary for row in one.plan[start + 1:start + size]}) <= 1
+
+
+def test_plan_of_takes_the_forecasts_measured_at_the_nearest_lag() -> None:
+    one = profile()
+    plan = plan_of(one, [(0, 1, 0), (1, 3, 1), (4, 2, 0), (6, 1, 0)])
+    assert [row and row.boundary for row in plan] == [None, None, 7, 7, None, 5, None]
+    assert [row and row.forecast for row in plan] == [
+        None, None, *one.forecasts[1][1][0][1:3], None, one.forecasts[0][4][2][1], None,
+    ]
+
+
+def test_neighbours_move_one_computed_step_and_keep_lead_and_end() -> None:
+    one = profile()
+    for lead in (1, 2):
+        for found in front(one, lead):
+            before = {k for k, row in enumerate(found.plan) if row is None}
+            for plan in neighbours(one, found.plan, lead):
+                after = {k for k, row in enumerate(plan) if row is None}
+                assert len(plan) == STEPS
+                assert len(after) == len(before)
+                gone, new = before - after, after - before
+                assert len(gone) == len(new) == 1
+                assert abs(gone.pop() - new.pop()) == 1
+                assert not any(plan[:lead])
+                assert plan[-1] is None
+
+
+def test_chosen_is_the_least_error_and_none_where_nothing_is_known() -> None:
+    errors = np.full((1, 2, 1, 2, len(CANDIDATES)), np.nan)
+    errors[0, 1, 0, 1] = np.arange(len(CANDIDATES))[::-1]
+    assert chosen(errors) == [[[[None, None]], [[None, CANDIDATES[-1]]]]]
+
+
+def test_merged_holds_all_prompts_and_refuses_other_settings() -> None:
+    one, other = profile(), dataclasses.replace(profile(), errors=profile().errors * 2, costs=(0.5, 0.25))
+    both = merged([one, other])
+    assert both.errors.shape[0] == both.gains.shape[0] == 6
+    assert both.costs == ((6 / UNIT + 0.5) / 2, (3 / UNIT + 0.25) / 2)
+    with pytest.raises(ValueError, match="different settings"):
+        merged([one, dataclasses.replace(one, boundaries=(1, 7))])
+
+
+def test_profile_comes_back_from_disk_as_it_was(tmp_path: Path) -> None:
+    one, settings = profile(), {"sampler": "euler", "prompts": 8}
+    path = tmp_path / "new" / "a.npz"
+    save_profile(one, path, settings)
+    found, kept = load_profile(path)
+    assert kept == settings
+    assert [file.name for file in path.parent.iterdir()] == ["a.npz"]
+    for field in dataclasses.fields(Profile):
+        before, after = getattr(one, field.name), getattr(found, field.name)
+        same: Any = np.array_equal(before, after, equal_nan=True) if isinstance(before, np.ndarray) else before == after
+        assert same, field.name
+    assert front(found) == front(one)

@@ -1,0 +1,66 @@
+"""`dev.py calibrate` from end to end, and on from where it ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from blockdance_core import calibration
+from blockdance_core.host import profiling
+from blockdance_core.policy import load
+from demo import calibrate
+
+SMALL = ["--steps", "8", "--prompts", "2", "--checks", "2", "--threads", "1"]
+
+
+def run(*arguments: str) -> None:
+    assert calibrate.main([*SMALL, *arguments]) == 0
+
+
+def test_a_small_calibration_is_kept_resumed_and_extended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)  # the program sets the root's level; this puts it back
+    monkeypatch.setattr(profiling, "LAGS", (1, 2))
+    out = tmp_path / "policies" / "a.safetensors"
+    monkeypatch.setattr("blockdance_core.host.calibrate.calibrated", lambda *_, **__: [])
+    with pytest.raises(SystemExit, match="no schedule"):
+        run("--out", str(out))
+    profile = out.with_name("a.safetensors.euler-8.npz")
+    assert os.listdir(out.parent) == [profile.name]
+    before, settings = calibration.load_profile(profile)
+    assert (settings["prompts"], settings["split"], settings["boundaries"]) == (2, "train", [15])
+    rollouts = settings["cost"]["rollouts"]
+
+    monkeypatch.undo()
+    monkeypatch.setattr("blockdance_core.host.profiling.measure", None)  # the profile is there already
+    run("--out", str(out), "--effort", "1")
+    assert os.listdir(out.parent) == [out.name]
+    policy = load(out)
+    record = policy.record["calibrations"][policy.entries[0].key]
+    assert policy.entries[0].steps == 8
+    assert (record["costs"], record["effort"]) == ([round(before.costs[0], 4)], 1)
+    assert record["cost"]["rollouts"] > rollouts > 2
+    assert record["command"].startswith("python dev.py calibrate --steps 8")
+    assert {"cost", "levels", "versions", "cfg", "scheduler", "seed"} <= record.keys()
+    printed = capsys.readouterr()
+    assert f"{record['cost']['rollouts']} rollouts" in printed.out
+    assert record["levels"][0]["plan"] in printed.out
+    assert "profile" in printed.err
+
+    run("--out", str(out), "--effort", "1")
+    assert "already in" in capsys.readouterr().out
+    with pytest.raises(TypeError):
+        run("--out", str(out), "--effort", "1", "--again")
+
+
+def test_captions_of_profile_and_checks_are_of_the_train_split_and_differ() -> None:
+    from demo import scenes
+    from demo.bench.runner import prompts
+
+    profile, checks = (prompts("sd3-mini", "train", 8, seed) for seed in calibrate._SEEDS.values())
+    assert not set(profile) & set(checks)
+    assert {scenes.difficulty(text) for text in profile} == {"easy", "hard"}

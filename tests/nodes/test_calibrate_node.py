@@ -1,0 +1,176 @@
+"""BlockDanceCalibrate: finds schedules, proves them, saves them where the loader finds them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import pytest
+from harness import last_run, model_of
+from tiny import CASES, sample
+
+from blockdance_core.config import ConfigError
+from blockdance_core.host import paths
+from blockdance_core.host.calibrate import Checked, letters, reaching
+from blockdance_core.host.measured import keep
+from blockdance_core.policy import PolicyError, load
+
+CASE = CASES["sd3"]
+STEPS = 8
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The only folder of policy files; it does not exist yet."""
+    place = tmp_path / "models" / "blockdance"
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "blockdance", ([str(place)], {".safetensors"}))
+    monkeypatch.delitem(folder_paths.filename_list_cache, "blockdance", raising=False)
+    yield place
+    folder_paths.filename_list_cache.pop("blockdance", None)
+
+
+@pytest.fixture(scope="module")
+def measured(nodes: dict[str, Any]) -> Any:
+    """A profile of one sample and eight steps, with plain costs: what a tiny model saves is not to be measured."""
+    model = model_of(CASE)
+    positive, negative = CASE.conds(model)
+    found, _ = nodes["BlockDanceProfile"].execute(
+        model, positive, negative, {"samples": CASE.latent(1)}, 1, STEPS, 3.0, "euler", "simple", 1.0, "0.5, 7").result
+    return with_costs(found)
+
+
+def with_costs(measured: Any) -> Any:
+    return dataclasses.replace(measured, profile=dataclasses.replace(measured.profile, costs=(0.5, 0.0)))
+
+
+@pytest.fixture
+def calibrate(nodes: dict[str, Any], folder: Path) -> Any:
+    return nodes["BlockDanceCalibrate"]
+
+
+def test_schema_is_the_api(calibrate: Any) -> None:
+    schema = calibrate.GET_SCHEMA()
+    assert (schema.display_name, schema.category, schema.is_output_node) == ("BlockDance Calibrate", "model/BlockDance", True)
+    assert [(i.id, i.get_io_type()) for i in schema.inputs] == [
+        ("profile", "BLOCKDANCE_PROFILE"), ("policy_name", "STRING"), ("cut", "FLOAT"), ("fidelity", "FLOAT"),
+        ("effort", "INT"),
+    ]
+    assert [output.get_io_type() for output in schema.outputs] == ["BLOCKDANCE_POLICY", "STRING"]
+    assert all(i.tooltip for i in schema.inputs)
+
+
+def test_levels_are_saved_loaded_and_followed(calibrate: Any, nodes: dict[str, Any], folder: Path, measured: Any) -> None:
+    policy, text = calibrate.execute(measured, "mine", 0.0, 0.0, 2).result
+    report = json.loads(text)
+    assert report["path"] == str(folder / "mine.safetensors")
+    assert (policy.name, policy.family, policy.depth) == ("mine", "SD3", 8)
+    loaded, = nodes["BlockDanceLoadPolicy"].execute("mine.safetensors").result
+    assert loaded == policy
+    only, = policy.entries
+    assert (only.sampler, only.scheduler, only.steps) == ("euler", "simple", STEPS)
+    levels = report["levels"]
+    assert len(levels) == len(only.plans) > 2
+    assert [row["cut"] for row in levels] == pytest.approx(only.cuts, abs=1e-4)
+    assert [row["plan"] for row in levels] == [letters(plan) for plan in only.plans]
+    assert all(row["plan"][0] == row["plan"][-1] == "C" for row in levels)
+    assert {boundary for row in levels for boundary in row["boundaries"]} <= {3, 7}
+    assert report["cost"]["rollouts"] > measured.rollouts + len(levels)
+    assert loaded.record["calibrations"]["euler simple 8"]["levels"] == levels
+    model, = nodes["BlockDanceAccelerate"].execute(
+        model_of(CASE), enabled=True, preset="auto", group_size=2, policy=loaded).result
+    sample(model, CASE, steps=STEPS)
+    run = last_run(model)
+    plan = only.plans[max(index for index, cut in enumerate(only.cuts) if cut <= 0.5)]
+    assert [decision == "reuse" for decision in run["decisions"]] == [row is not None for row in plan]
+    assert run["warnings"] == []
+
+
+def test_wanted_cut_gives_the_one_schedule_nearest_to_it(calibrate: Any, measured: Any) -> None:
+    report = json.loads(calibrate.execute(measured, "a", 0.25, 0.0, 0).result[1])
+    assert [row["cut"] for row in report["levels"]] == [0.25]
+    report = json.loads(calibrate.execute(measured, "a", 0.9, 0.0, 0).result[1])
+    assert [row["plan"].count("C") for row in report["levels"]] == [2]
+
+
+def test_wanted_fidelity_gives_the_cheapest_that_reaches_it(calibrate: Any, measured: Any) -> None:
+    levels = json.loads(calibrate.execute(measured, "a", 0.0, 0.0, 0).result[1])["levels"]
+    wanted = levels[1]["loss_db"]
+    report = json.loads(calibrate.execute(measured, "a", 0.0, wanted - 0.01, 0).result[1])
+    best = max((row for row in levels if row["loss_db"] >= wanted - 0.01), key=lambda row: row["cut"])
+    assert report["levels"] == [best]
+    with pytest.raises(ValueError, match=r"No schedule reaches 200 dB .* the best one reaches"):
+        calibrate.execute(measured, "a", 0.0, 200.0, 0)
+
+
+def test_fidelity_is_measured_in_decibels() -> None:
+    found = [Checked((), cut, loss, 0.0) for cut, loss in ((0.2, 1e-4), (0.4, 1e-3), (0.6, 1e-2))]
+    assert reaching(found, 30.0) == [found[1]]
+    assert reaching(found, 20.0) == [found[2]]
+
+
+def test_other_calibrations_in_the_file_are_kept_and_the_same_is_replaced(
+    calibrate: Any, nodes: dict[str, Any], folder: Path, measured: Any
+) -> None:
+    calibrate.execute(measured, "a", 0.25, 0.0, 0)
+    model = model_of(CASE)
+    positive, negative = CASE.conds(model)
+    other, _ = nodes["BlockDanceProfile"].execute(
+        model, positive, negative, {"samples": CASE.latent(1)}, 1, 5, 3.0, "dpmpp_2m", "karras", 1.0, "0.5, 7").result
+    calibrate.execute(with_costs(other), "a.safetensors", 0.2, 0.0, 0)
+    policy, _ = calibrate.execute(measured, "a", 0.5, 0.0, 0).result
+    assert [entry.key for entry in policy.entries] == ["dpmpp_2m karras 5", "euler simple 8"]
+    assert [entry.cuts for entry in policy.entries] == [(0.2,), (0.5,)]
+    assert set(policy.record["calibrations"]) == {"dpmpp_2m karras 5", "euler simple 8"}
+    assert os.listdir(folder) == ["a.safetensors"]
+
+
+def test_file_of_another_model_or_damaged_stays_as_it_is(
+    calibrate: Any, folder: Path, measured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flux = CASES["flux"]
+    policy, _ = calibrate.execute(measured, "a", 0.25, 0.0, 0).result
+    with pytest.raises(ConfigError, match="was calibrated for SD3"):
+        keep(folder / "a.safetensors", model_of(flux), policy.entries[0], {})
+    assert load(folder / "a.safetensors") == policy
+    (folder / "b.safetensors").write_bytes(b"mine")
+    monkeypatch.setattr("blockdance_core.host.measured.Rollouts", None)  # said before anything is sampled
+    with pytest.raises(PolicyError, match=r"b\.safetensors"):
+        calibrate.execute(measured, "b", 0.25, 0.0, 0)
+    assert (folder / "b.safetensors").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", [
+    "", " ", ".", "..", "../a", "a/b", "a\\b", "/etc/passwd", "C:a", "a\0b", ".hidden", "con", "NUL.txt", "a" * 101, "-a",
+    "a\nb", ".safetensors", "a*", "~", "$HOME",
+])
+def test_bad_names_are_refused(name: str, calibrate: Any, folder: Path, measured: Any) -> None:
+    assert "policy_name" in calibrate.validate_inputs(name)
+    with pytest.raises(ValueError, match="policy_name"):
+        calibrate.execute(measured, name, 0.25, 0.0, 0)
+    assert not folder.exists()
+
+
+def test_good_names_are_files_of_the_folder(calibrate: Any, folder: Path) -> None:
+    for name, file in (
+        ("my-policy", "my-policy"), ("a.safetensors", "a"), (" SD3.5 (large) v2+", "SD3.5 (large) v2+"),
+        ("\u00e9t\u00e9", "\u00e9t\u00e9"),
+    ):
+        assert calibrate.validate_inputs(name) is True
+        assert paths.new_policy_path(name) == str(folder / f"{file}.safetensors")
+
+
+def test_first_folder_that_can_be_written_is_taken(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [str(tmp_path / "locked" / "blockdance"), str(folder)]
+    monkeypatch.setattr(paths, "policy_folders", lambda: places)
+    locked = {str(tmp_path / "locked")}
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in locked)
+    assert paths.writable_folder() == str(folder)
+    locked.add(str(tmp_path))
+    with pytest.raises(PermissionError, match="locked"):
+        paths.writable_folder()

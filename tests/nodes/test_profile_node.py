@@ -1,0 +1,242 @@
+"""BlockDanceProfile, and the rollouts that it measures with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import numpy as np
+import pytest
+import torch
+from harness import accelerate, last_run, model_of, reused_steps
+from tiny import CASES, count_calls, sample
+
+from blockdance_core.forecast import FORECASTS
+from blockdance_core.host import attach, profiling, rollout
+from blockdance_core.host.measured import parse_boundaries
+from blockdance_core.host.rollout import Prompt, Rollouts
+from blockdance_core.schedule import Reuse
+
+CASE = CASES["sd3"]
+STEPS = 8
+
+
+def inputs(**changes: Any) -> dict[str, Any]:
+    """Inputs of the node; by default two samples of five Euler steps."""
+    positive, negative = CASE.conds(model_of(CASE))
+    return {
+        "model": model_of(CASE), "positive": positive, "negative": negative, "latent_image": {"samples": CASE.latent(2)},
+        "seed": 1, "steps": 5, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0, **changes,
+    }
+
+
+def prompt(sampler: str = "euler", scheduler: str = "simple", steps: int = STEPS, **changes: Any) -> Prompt:
+    positive, negative = CASE.conds(model_of(CASE))
+    one = Prompt(positive, negative, CASE.latent(2), 1, steps, 3.0, sampler, scheduler)
+    return dataclasses.replace(one, **changes)
+
+
+def everything_of(model: Any) -> dict[str, Any]:
+    """What a run could leave on a model."""
+    blocks = CASE.blocks(model.model.diffusion_model)
+    return {
+        "options": repr(model.model_options), "wrappers": repr(model.wrappers), "attachments": dict(model.attachments),
+        "attributes": set(vars(model.model)), "blocks": [set(vars(block)) for block in blocks],
+        "weights": [parameter.data_ptr() for parameter in model.model.parameters()],
+    }
+
+
+@pytest.fixture
+def node(nodes: dict[str, Any]) -> Any:
+    return nodes["BlockDanceProfile"]
+
+
+def test_schema_is_the_api_and_samples_like_the_hosts_node(node: Any) -> None:
+    import nodes as host_nodes
+
+    schema = node.GET_SCHEMA()
+    assert (schema.display_name, schema.category) == ("BlockDance Profile", "model/BlockDance")
+    assert [i.id for i in schema.inputs] == [
+        "model", "positive", "negative", "latent_image", "seed", "steps", "cfg", "sampler_name", "scheduler", "denoise",
+        "boundaries", "profile",
+    ]
+    assert [output.get_io_type() for output in schema.outputs] == ["BLOCKDANCE_PROFILE", "STRING"]
+    assert all(i.tooltip for i in schema.inputs)
+    assert schema.inputs[-1].optional
+    declared = host_nodes.KSampler.INPUT_TYPES()["required"]
+    ours = {i.id: i for i in schema.inputs}
+    for name, (kind, *options) in declared.items():
+        if isinstance(kind, list):
+            assert list(ours[name].options) == kind
+            continue
+        assert ours[name].get_io_type() == kind
+        for key, value in options[0].items():
+            if key != "tooltip":
+                assert getattr(ours[name], key) == value, f"{name} {key}"
+
+
+@pytest.mark.parametrize(("sampler", "scheduler"), [
+    ("euler", "simple"), ("dpmpp_2m", "karras"), ("dpmpp_2m_sde", "simple"), ("euler_ancestral", "simple"), ("heun", "simple"),
+    ("euler_cfg_pp", "simple"), ("lms", "simple"), ("ddim", "ddim_uniform"),
+])
+def test_replayed_steps_leave_the_sampler_where_the_full_run_was(sampler: str, scheduler: str) -> None:
+    model, blocks = model_of(CASE), CASE.blocks(model_of(CASE).model.diffusion_model)
+    rollouts = Rollouts(model, prompt(sampler, scheduler))
+    steps, before = rollouts.steps, rollouts.calls
+    with count_calls(blocks) as counts:
+        run = rollouts.run([None] * steps, range(steps // 2))
+    assert all(torch.equal(one, other) for one, other in zip(run.entered, rollouts.full.entered, strict=True))
+    assert len(run.entered) == steps + 1
+    assert 0 < counts[0] == rollouts.calls - before < before
+    with count_calls(blocks) as counts:
+        run = rollouts.run([None] * steps, range(steps))
+    assert counts[0] == 0
+    assert torch.equal(run.result, rollouts.full.result)
+    assert rollouts.count == 3
+
+
+def test_full_run_is_what_the_hosts_sampler_gives(node: Any) -> None:
+    for changes in ({}, {"denoise": 0.5}, {"noise_mask": torch.ones(1, 1, 8, 8).tril()}):
+        rollouts = Rollouts(model_of(CASE), prompt(**changes))
+        mask = changes.get("noise_mask")
+        noise = comfy.sample.prepare_noise(rollouts.prompt.latent, 1)
+        full = comfy.sample.sample(
+            model_of(CASE), noise, STEPS, 3.0, "euler", "simple", *CASE.conds(model_of(CASE)), rollouts.prompt.latent,
+            denoise=changes.get("denoise", 1.0), noise_mask=mask, disable_pbar=True, seed=1)
+        decoded = model_of(CASE).get_model_object("latent_format").process_out(rollouts.full.result)
+        assert torch.allclose(decoded, full, atol=1e-6)
+        assert rollouts.steps == STEPS
+
+
+def test_steps_that_reuse_change_the_run_and_those_before_do_not() -> None:
+    rollouts = Rollouts(model_of(CASE), prompt())
+    plan = [None, None, None, Reuse(7, FORECASTS["hold"]), *[None] * 4]
+    run = rollouts.run(plan)
+    off = rollouts.distances(run)
+    assert off.shape == (STEPS + 1, 2)
+    assert (off[:4] == 0).all()
+    assert (off[4:] > 0).all()
+    assert reused_steps(run.record) == [3]
+    stopped = rollouts.run(plan, range(2), until=5)
+    assert len(stopped.entered) == 6
+    assert not stopped.record["completed"]
+    assert torch.equal(rollouts.distances(stopped), off[:6])
+    variance = rollouts.full.result.double().flatten(1).var(1)
+    assert torch.equal(rollouts.errors(run), off[-1].square() / variance)
+
+
+def test_profile_measures_every_step_lag_and_boundary_and_says_so(node: Any) -> None:
+    model = model_of(CASE)
+    before = everything_of(model)
+    measured, text = node.execute(**inputs(boundaries="0.75, 7")).result
+    assert everything_of(model) == before
+    profile, report = measured.profile, json.loads(text)
+    assert profile.boundaries == (5, 7)
+    assert profile.errors.shape == (2, 2, 5, len(profiling.LAGS), profiling.LONGEST)
+    for v, c, i in profiling.groups(5, 2):
+        assert np.isfinite(profile.errors[:, v, c, i, : 4 - c]).all()
+        assert (profile.errors[:, v, c, i, 1 : 4 - c] > 0).all()
+    assert np.isnan(profile.errors[:, :, 3, :, 1:]).all()  # its successor is the last step
+    assert {key: report[key] for key in ("steps", "sampler", "scheduler", "prompts", "samples", "boundaries")} == {
+        "steps": 5, "sampler": "euler", "scheduler": "simple", "prompts": 1, "samples": 2, "boundaries": [5, 7],
+    }
+    assert len(report["errors"]) == len(report["costs"]) == 2
+    assert [value is None for value in report["errors"][0]] == [False] * 3 + [True] * 2
+    assert report["rollouts"] == measured.rollouts == 2 + len(profiling.groups(5, 2)) + len(profiling.probes(5))
+    assert report["seconds"] > 0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        measured.model = None
+
+
+def test_chained_nodes_make_one_profile_with_the_forecasts_of_the_first(node: Any) -> None:
+    first = node.execute(**inputs()).result[0]
+    errors = first.profile.errors.copy()
+    second = node.execute(**inputs(seed=2, latent_image={"samples": CASE.latent(1)}, profile=first)).result[0]
+    assert len(first.prompts) == 1
+    assert np.array_equal(first.profile.errors, errors, equal_nan=True)
+    assert [one.seed for one in second.prompts] == [1, 2]
+    assert second.profile.errors.shape[0] == second.profile.gains.shape[0] == 3
+    assert second.profile.forecasts == first.profile.forecasts
+    assert np.array_equal(second.profile.errors[:2], errors, equal_nan=True)
+    assert second.rollouts == 2 * first.rollouts - 1  # forecasts are chosen once
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"steps": 6}, "noise levels"), ({"scheduler": "karras"}, "noise levels"), ({"sampler_name": "heun"}, "sampler"),
+    ({"boundaries": "3"}, "boundaries"), ({"denoise": 0.5}, "noise levels"),
+])
+def test_prompts_that_are_sampled_in_another_way_are_refused(changes: dict[str, Any], said: str, node: Any) -> None:
+    first = node.execute(**inputs(steps=3)).result[0]
+    with pytest.raises(ValueError, match=f"another {said}"):
+        node.execute(**inputs(**{"steps": 3, "profile": first, **changes}))
+
+
+def test_other_model_is_refused(node: Any) -> None:
+    first = node.execute(**inputs(steps=3)).result[0]
+    with pytest.raises(ValueError, match="another model"):
+        node.execute(**inputs(steps=3, profile=first, model=CASE.build(1)))
+
+
+def test_accelerated_model_is_profiled_without_its_acceleration(node: Any) -> None:
+    accelerated = accelerate(model_of(CASE))
+    sample(accelerated, CASE)
+    runs = list(attach.handle_of(accelerated).runs())
+    measured = node.execute(**inputs(model=accelerated)).result[0]
+    plain = node.execute(**inputs()).result[0]
+    assert np.array_equal(measured.profile.errors, plain.profile.errors, equal_nan=True)
+    assert attach.handle_of(accelerated).runs() == runs
+    assert last_run(accelerated)["reused_steps"] > 0
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_runs_that_are_too_short_are_refused(steps: int, node: Any) -> None:
+    changes = {"steps": steps} if steps else {"denoise": 0.0}
+    with pytest.raises(ValueError, match=f"A run of {steps} steps"):
+        node.execute(**inputs(**changes))
+
+
+def test_interrupt_ends_the_node_and_leaves_nothing(node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(CASE)
+    before, calls = everything_of(model), 0
+    original = rollout.Rollouts._predict
+
+    def predict(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 40:
+            comfy.model_management.interrupt_current_processing()
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return original(*args)
+
+    monkeypatch.setattr(rollout.Rollouts, "_predict", predict)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        node.execute(**inputs())
+    assert calls == 40
+    assert everything_of(model) == before
+
+
+def test_progress_is_shown_to_the_end_and_single_runs_are_not_logged(
+    node: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr("comfy.utils.PROGRESS_BAR_HOOK", lambda value, total, *_, **__: seen.append((value, total)))
+    sent: list[Any] = []
+    monkeypatch.setattr(sys.modules["blockdance_core.host.notify"], "send", lambda *event: sent.append(event))
+    with caplog.at_level("INFO"):
+        measured = node.execute(**inputs()).result[0]
+    assert seen[-1] == (measured.rollouts, measured.rollouts)
+    assert not sent
+    assert "BlockDance" not in caplog.text
+
+
+def test_boundaries_are_indices_or_shares() -> None:
+    assert parse_boundaries("", 28) == ()
+    assert parse_boundaries(" 0.75 , 27,20, 1.0", 28) == (20, 27)
+    assert parse_boundaries("0", 8) == (0,)
+    for wrong in ("28", "-1", "1.5", "x", "nan", "inf", "1e400", "0.0", "3;4"):
+        with pytest.raises(ValueError, match="0 to 27"):
+            parse_boundaries(wrong, 28)
