@@ -57,10 +57,14 @@ class Schedule:
         return any(step.forecast.anchored for step in self.steps if step.forecast)
 
     @property
+    def needed(self) -> int:
+        """Most features that a forecast takes."""
+        return max((step.forecast.order + 1 for step in self.steps if step.forecast), default=0)
+
+    @property
     def kept(self) -> int:
-        """Most features that a stream ever needs of one boundary."""
-        needed = max((step.forecast.order + 1 for step in self.steps if step.forecast), default=0)
-        return min(needed, sum(bool(step.record) for step in self.steps))
+        """Most features that a stream ever has of one boundary, if all goes as planned."""
+        return min(self.needed, sum(bool(step.record) for step in self.steps))
 
     def cut(self, depth: int) -> float:
         """Arithmetic cut (method, section 4): share of reuse steps times share of blocks skipped."""

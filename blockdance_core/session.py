@@ -62,7 +62,8 @@ class ModelState:
         if config.active and config.policy is not None:
             config.policy.check(self.family.name, len(self.blocks))
         self.schedule: Schedule = planned(config, self.effective, levels, sampler)
-        self.cache = FeatureCache(self.schedule.anchored, self.schedule.kept)
+        kept = self.schedule.needed if config.guarded else self.schedule.kept  # the guard may compute, and store, any step
+        self.cache = FeatureCache(self.schedule.anchored, kept)
         self.guard: Guard | None = None
         if config.guarded and self.cache.anchored:
             lead = math.ceil(_LEAD * (len(levels) - 1)) if config.open else 0

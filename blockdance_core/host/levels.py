@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 _HALVINGS = 20
-_EARLY = 0.6
+_EARLY = 0.8
 """By so much less of an error is accepted at pure noise, where it decides about the structure of the picture."""
 
 
@@ -27,31 +28,38 @@ def noise_levels(model_sampling: Any, sigmas: Sequence[float]) -> list[float]:
 
 
 def accepted_errors(model_sampling: Any, sigmas: Sequence[float]) -> list[float]:
-    """How much of the guard's tolerance an error of the model's output may take at each sigma.
+    """How much of the guard's tolerance an error of the model's output may take at each step.
 
-    What a model predicts differs: noise, a velocity, the clean latent. An error counts as the error of the velocity
-    `noise - clean` that it amounts to: the same error of predicted noise is 1 + sigma times as bad.
+    What a model predicts differs: noise, a velocity, the clean latent; and so do the steps of schedulers. An error counts as
+    what it does to the latent within its step, both seen as on the straight path of a flow from noise to the clean latent,
+    in steps of equal size. Errors in strong noise count for more: there they decide about the structure of the picture.
 
     Args:
         model_sampling: The object in force for this run; its own formulas are asked.
-        sigmas: Noise levels.
+        sigmas: Noise levels, n + 1.
 
     Returns:
-        Shares above 0; 1 where the formulas give no answer.
+        n values above 0; 1 where the formulas give no answer.
     """
-    return [_accepted(model_sampling, sigma) for sigma in sigmas]
+    levels = [_flow(model_sampling, sigma) for sigma in sigmas]
+    count = len(sigmas) - 1
+    span = abs(levels[0][0] - levels[-1][0]) if count > 0 else 0.0
+    accepted = []
+    for (share, factor), (following, _) in itertools.pairwise(levels):
+        weight = factor * abs(share - following) * count / span if span > 0 else 0.0
+        accepted.append((1 - _EARLY * share) / weight if weight > 0 and math.isfinite(weight) else 1.0)
+    return accepted
 
 
-def _accepted(model_sampling: Any, sigma: float) -> float:
+def _flow(model_sampling: Any, sigma: float) -> tuple[float, float]:
+    """Share of noise in a latent at `sigma`, 0 to 1, and the error of the velocity that an error of 1 of the output makes."""
     at, one = torch.full((1, 1, 1, 1), sigma, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
     clean, noise = (
         float(model_sampling.noise_scaling(at, *pair)) for pair in ((0 * one, one.clone()), (one.clone(), 0 * one))
     )
-    moved = abs(float(model_sampling.calculate_denoised(at, one, 0 * one)))  # by an error of 1, the clean latent
-    share = noise / (clean + noise) if clean + noise > 0 else 0.0
-    if not (0 < share <= 1 and 0 < moved < math.inf):
-        return 1.0
-    return (1 - _EARLY * share) * share / moved
+    moved = abs(float(model_sampling.calculate_denoised(at, one, 0 * one)))  # what an error of 1 does to the clean latent
+    share = noise / (clean + noise) if clean + noise > 0 else math.nan
+    return share, moved / share if share else math.nan
 
 
 def _level(model_sampling: Any, sigma: float) -> float:
