@@ -2,8 +2,8 @@
 
 Whenever a step is computed, what each forecast would have injected is compared with what the blocks really gave. From that
 error follows how far the same forecast may reach next, as in the step-size control of a solver of differential equations:
-the error of order m grows with the product of the distances to its m + 1 stored noise levels. No model, sampler or picture
-needs to be known beforehand, and easy pictures get more reuse than hard ones.
+the error of order m grows with the product of the distances, in steps, to the m + 1 features that it uses. No model,
+sampler or picture needs to be known beforehand, and easy pictures get more reuse than hard ones.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 from blockdance_core.forecast import Forecast
 from blockdance_core.interception import Feature
 
-QUALITIES = {"off": math.inf, "near-lossless": 0.2, "balanced": 0.3, "draft": 0.4}
-"""Largest error of a forecast that is injected, as a share of the blocks' whole contribution (root mean square)."""
+QUALITIES = {"off": math.inf, "near-lossless": 0.15, "balanced": 0.25, "draft": 0.4}
+"""Largest error of a forecast that is injected: a share of what the blocks contribute (root mean square), in units of what
+a step accepts (`host.levels.accepted_errors`). Measured: docs/benchmarks.md."""
 _SAMPLES = 1 << 15
 """Values that a stream is judged by, at most."""
 _ORDERS = (0, 1, 2)
@@ -31,6 +32,7 @@ _LONGEST = 8
 class _Stream:
     """The last samples of one stream's residual, newest first, and where they were taken."""
 
+    steps: list[int] = dataclasses.field(default_factory=list)
     sigmas: list[float] = dataclasses.field(default_factory=list)
     samples: list[Tensor] = dataclasses.field(default_factory=list)
 
@@ -75,7 +77,7 @@ class Guard:
         ])
         stream = self._streams.setdefault(key, _Stream())
         if stream.samples and stream.samples[0].shape != sample.shape:
-            stream.sigmas, stream.samples = [], []
+            stream.steps, stream.sigmas, stream.samples = [], [], []
         if sigma not in stream.sigmas:
             for order in _ORDERS[: min(len(stream.samples), self.kept)]:
                 weights = Forecast(True, order).weights(stream.sigmas, sigma)
@@ -83,9 +85,10 @@ class Guard:
                     predicted = sum(weight * one for weight, one in zip(weights, stream.samples, strict=False))
                     pair = torch.stack([(predicted - sample).square().sum(), sample.square().sum()])
                     self._measured.setdefault(order, []).append(pair)
-                    self._reaches[order] = _reach(stream.sigmas, sigma, order)
+                    self._reaches[order] = _reach(stream.steps, step, order)
+            stream.steps = [step, *stream.steps[:2]]
             stream.sigmas, stream.samples = [sigma, *stream.sigmas[:2]], [sample, *stream.samples[:2]]
-        self._nodes = list(stream.sigmas)
+        self._nodes = list(stream.steps)
 
     def allows(self, step: int, sigma: float) -> bool:
         """Whether a step may reuse; `forecast` is what to inject then. All calls of a step get the same answer."""
@@ -94,7 +97,7 @@ class Guard:
             self._step = step
             self._allowed = False
             known = [order for order in self._rates if order < len(self._nodes)]
-            errors = {order: self._rates[order] * _reach(self._nodes, sigma, order) for order in known}
+            errors = {order: self._rates[order] * _reach(self._nodes, step, order) for order in known}
             if errors and step >= self.lead and 0 < step - self._computed <= _LONGEST:
                 best = min(errors, key=lambda order: errors[order])
                 self.forecast = Forecast(anchored=True, order=best)
@@ -117,9 +120,9 @@ class Guard:
 
 def _sampled(part: Tensor) -> Tensor:
     flat = part.reshape(-1)
-    return flat[:: -(-flat.numel() // _SAMPLES)]
+    return flat[:: max(1, -(-flat.numel() // _SAMPLES))]
 
 
-def _reach(nodes: Sequence[float], sigma: float, order: int) -> float:
-    """Product of the distances from `sigma` to the stored noise levels that a forecast of this order uses."""
-    return math.prod(abs(sigma - node) for node in nodes[: order + 1])
+def _reach(nodes: Sequence[int], step: int, order: int) -> int:
+    """Product of the distances in steps to the computed ones that a forecast of this order uses."""
+    return math.prod(abs(step - node) for node in nodes[: order + 1])

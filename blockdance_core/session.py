@@ -67,7 +67,8 @@ class ModelState:
         self.guard: Guard | None = None
         if config.guarded and self.cache.anchored:
             lead = math.ceil(_LEAD * (len(levels) - 1)) if config.open else 0
-            self.guard = Guard(QUALITIES[config.quality], self.cache.keep, accepted, lead)
+            tolerance = QUALITIES[config.quality] if config.tolerance is None else config.tolerance
+            self.guard = Guard(tolerance, self.cache.keep, accepted, lead)
         self.broken: str | None = None
         self.first_evaluation: int | None = None
         self.predicted_bytes = 0

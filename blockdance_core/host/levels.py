@@ -53,7 +53,7 @@ def accepted_errors(model_sampling: Any, sigmas: Sequence[float]) -> list[float]
 
 def _flow(model_sampling: Any, sigma: float) -> tuple[float, float]:
     """Share of noise in a latent at `sigma`, 0 to 1, and the error of the velocity that an error of 1 of the output makes."""
-    at, one = torch.full((1, 1, 1, 1), sigma, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    at, one = torch.full((1,), sigma, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
     clean, noise = (
         float(model_sampling.noise_scaling(at, *pair)) for pair in ((0 * one, one.clone()), (one.clone(), 0 * one))
     )

@@ -45,7 +45,7 @@ def test_schema_ids_order_defaults_and_advanced_flags_are_the_api(accelerate: An
     assert [output.get_io_type() for output in schema.outputs] == ["MODEL"]
     found = [(i.id, i.get_io_type(), getattr(i, "default", None), bool(getattr(i, "advanced", None)), bool(i.optional))
              for i in schema.inputs]
-    assert found[:11] == [
+    assert found[:12] == [
         ("model", "MODEL", None, False, False),
         ("enabled", "BOOLEAN", True, False, False),
         ("preset", "COMBO", "auto", False, False),
@@ -57,10 +57,12 @@ def test_schema_ids_order_defaults_and_advanced_flags_are_the_api(accelerate: An
         ("forecast", "COMBO", "taylor", True, False),
         ("cache_device", "COMBO", "auto", True, False),
         ("policy", "BLOCKDANCE_POLICY", None, False, True),
+        ("quality", "COMBO", "off", False, False),
     ]
     options = {i.id: list(i.options) for i in schema.inputs if i.get_io_type() == "COMBO"}
     assert options == {"preset": ["auto", "paper", "custom"], "window": ["noise_level", "steps"],
-                       "forecast": ["taylor", "taylor2", "delta", "hold"], "cache_device": ["auto", "gpu", "cpu"]}
+                       "forecast": ["taylor", "taylor2", "delta", "hold"], "cache_device": ["auto", "gpu", "cpu"],
+                       "quality": ["off", "near-lossless", "balanced", "draft"]}
     limits = {i.id: (i.min, i.max) for i in schema.inputs if i.get_io_type() in ("INT", "FLOAT")}
     assert limits["group_size"][0] == 1
     assert limits["boundary"][0] == -1

@@ -1,0 +1,79 @@
+"""A quality in force: the guard decides which steps reuse; off, at N = 1 and under `paper` it changes nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from harness import STEPS, accelerate, every_case, every_family, last_run, model_of, reused_steps, runs
+from tiny import CASES, Case, count_calls, sample
+
+pytestmark = pytest.mark.smoke
+FIRST_CALL = {"the model keeps the keys and values of the prompt in this call"}
+GUARDED = {"preset": "auto", "quality": "draft", "group_size": 2}
+
+
+@every_case
+def test_guard_that_accepts_everything_skips_all_blocks_behind_its_lead(case: Case) -> None:
+    model = model_of(case)
+    accelerated = accelerate(model, **GUARDED, tolerance=math.inf)
+    totals: list[list[int]] = []
+    with count_calls(case.blocks(model.model.diffusion_model)) as counts:
+        result = sample(accelerated, case, steps=STEPS, callback=lambda *_: totals.append(list(counts)))
+    run = last_run(accelerated)
+    assert torch.isfinite(result).all()
+    assert set(run["fallbacks"]) <= FIRST_CALL
+    assert run["warnings"] == []
+    assert reused_steps(run) == list(range(2, STEPS - 1)), "two computed steps give the first error"
+    assert run["config"]["quality"] == "draft"
+    assert run["config"]["boundary"] == case.depth - 1
+    assert run["cached_bytes"] <= run["predicted_bytes"]
+    assert [now - then for now, then in zip(totals[5], totals[4], strict=True)] == [0] * case.depth
+
+
+@every_case
+def test_guard_that_accepts_nothing_computes_everything_bit_by_bit(case: Case) -> None:
+    model = model_of(case)
+    accelerated = accelerate(model, **GUARDED, tolerance=0.0)
+    assert torch.equal(sample(accelerated, case, steps=STEPS), sample(model, case, steps=STEPS))
+    assert reused_steps(last_run(accelerated)) == []
+    assert set(last_run(accelerated)["fallbacks"]) <= FIRST_CALL
+
+
+@every_family
+def test_switched_off_a_quality_changes_nothing(case: Case) -> None:
+    model = model_of(case)
+    full = sample(model, case, steps=STEPS)
+    for settings in ({"enabled": False}, {"group_size": 1}):
+        assert torch.equal(sample(accelerate(model, **{**GUARDED, **settings}), case, steps=STEPS), full)
+
+
+def test_published_method_is_left_as_it_is() -> None:
+    case = CASES["sd3"]
+    model = model_of(case)
+    plain, guarded = (accelerate(model, preset="paper", quality=quality) for quality in ("off", "near-lossless"))
+    assert torch.equal(sample(plain, case, steps=STEPS), sample(guarded, case, steps=STEPS))
+    assert last_run(guarded)["config"]["quality"] == "off"
+
+
+def test_guard_turns_planned_reuse_into_compute_and_what_it_computes_serves_the_next_step() -> None:
+    case = CASES["sd3"]
+    model = model_of(case)
+    strict, loose, free = (
+        accelerate(model, group_size=4, forecast="taylor", **more)
+        for more in ({"quality": "draft", "tolerance": 0.0}, {"quality": "draft", "tolerance": math.inf}, {})
+    )
+    for accelerated in (strict, loose, free):
+        sample(accelerated, case, steps=STEPS)
+    assert reused_steps(last_run(strict)) == []
+    assert reused_steps(last_run(loose)) == reused_steps(last_run(free)) == [4, 5, 6, 8]
+    assert "cache" in last_run(strict)["decisions"]
+
+
+@every_family
+def test_second_run_is_as_the_first(case: Case) -> None:
+    accelerated = accelerate(model_of(case), **GUARDED)
+    first, second = (sample(accelerated, case, steps=STEPS) for _ in range(2))
+    assert torch.equal(first, second)
+    assert runs(accelerated)[0]["decisions"] == runs(accelerated)[1]["decisions"]
