@@ -54,7 +54,7 @@ class Guard:
         self._measured: dict[int, list[Tensor]] = {}  # by order: squared errors and squares, on the device, in this step
         self._reaches: dict[int, float] = {}
         self._rates: dict[int, float] = {}  # error for a reach of 1
-        self._nodes: list[float] = []
+        self._nodes: list[int] = []
         self._computed = self._step = -1
         self._allowed = False
 
