@@ -127,7 +127,7 @@ ARCHITECTURES = {
         },
         objective="epsilon",
         sampling_settings={"beta_schedule": "sqrt_linear", "linear_start": 0.0001, "linear_end": 0.02, "timesteps": 1000},
-        sampling={"sampler": "dpmpp_2m", "scheduler": "normal", "cfg": 4.5, "steps": 30},
+        sampling={"sampler": "ddim", "scheduler": "normal", "cfg": 4.5, "steps": 30},
         size=72,
         shuffle=2,
     ),

@@ -19,9 +19,9 @@ MULTISTEP = ("dpmpp_2m", "uni_pc", "res_multistep")
 GROUP_SIZES = (2, 3, 4)
 TOLERANCES = (0.02, 0.05, 0.09, 0.6, 1.0, 2.0)
 INTERVALS = (2, 3, 4, 5, 6)
-HOST_THRESHOLDS = (0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 1.0, 2.0)
-TEACACHE_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 1.6)
-FIRST_BLOCK_THRESHOLDS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
+HOST_THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+TEACACHE_THRESHOLDS = (0.1, 0.2, 0.3, 0.5, 0.8, 1.4)
+FIRST_BLOCK_THRESHOLDS = (0.03, 0.06, 0.1, 0.2, 0.3, 0.5)
 
 log = logging.getLogger(__name__)
 
