@@ -96,7 +96,7 @@ class Guard:
             self._resolve()
             self._step = step
             self._allowed = False
-            known = [order for order in self._rates if order < len(self._nodes)]
+            known = [order for order in self._rates if order < min(len(self._nodes), self.kept)]
             errors = {order: self._rates[order] * _reach(self._nodes, step, order) for order in known}
             if errors and step >= self.lead and 0 < step - self._computed <= _LONGEST:
                 best = min(errors, key=lambda order: errors[order])

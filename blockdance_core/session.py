@@ -50,6 +50,11 @@ def planned(config: Config, effective: Effective, levels: Sequence[float], sampl
     return build(effective, levels)
 
 
+def kept(config: Config, schedule: Schedule) -> int:
+    """Features of one stream and boundary that a run keeps. The guard may compute, and store, any step."""
+    return schedule.needed if config.guarded else schedule.kept
+
+
 class ModelState:
     """What a session knows of one executing model: its blocks, its plan and its cache."""
 
@@ -62,8 +67,7 @@ class ModelState:
         if config.active and config.policy is not None:
             config.policy.check(self.family.name, len(self.blocks))
         self.schedule: Schedule = planned(config, self.effective, levels, sampler)
-        kept = self.schedule.needed if config.guarded else self.schedule.kept  # the guard may compute, and store, any step
-        self.cache = FeatureCache(self.schedule.anchored, kept)
+        self.cache = FeatureCache(self.schedule.anchored, kept(config, self.schedule))
         self.guard: Guard | None = None
         if config.guarded and self.cache.anchored:
             lead = math.ceil(_LEAD * (len(levels) - 1)) if config.open else 0

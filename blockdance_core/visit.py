@@ -103,6 +103,8 @@ class Visit:
         self.probing = state.first_evaluation == moment.evaluation
         if not self.probing and not state.placed:
             self.warnings += state.place(info)
+            if state.guard is not None:
+                state.guard.kept = state.cache.keep
         record, boundary = state.taps(*plan.record), None
         if plan.decision == REUSE and plan.boundary is not None:
             record, boundary = state.taps(plan.boundary), plan.boundary  # a compute forced inside a group stores

@@ -26,7 +26,7 @@ from blockdance_core.host import identity, notify
 from blockdance_core.host.levels import accepted_errors, noise_levels
 from blockdance_core.interception import taps
 from blockdance_core.report import run_record, summary
-from blockdance_core.session import Session, planned
+from blockdance_core.session import Session, kept, planned
 from blockdance_core.visit import CallInfo
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _announced_bytes(handle: Handle, model: ModelPatcher, shapes: Sequence[Seque
     per_token = math.prod(patch) if isinstance(patch, (tuple, list)) else int(patch) ** 2
     tokens = sum(math.prod(shape[2:]) for shape in shapes) // per_token + _TEXT_TOKENS
     element = model.model.get_dtype_inference().itemsize
-    stored = len({tap for boundary in plan.boundaries for tap in handle.taps[boundary]}) * plan.kept
+    stored = len({tap for boundary in plan.boundaries for tap in handle.taps[boundary]}) * kept(handle.config, plan)
     return 2 * shapes[0][0] * tokens * handle.width * element * stored
 
 
