@@ -1,0 +1,42 @@
+"""How much of the guard's tolerance each step may take, by the host's own formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from comfy.samplers import calculate_sigmas
+from harness import every_case, model_of
+from tiny import CASES, Case
+
+from blockdance_core.host.levels import accepted_errors
+
+
+@every_case
+def test_every_family_gives_a_positive_number_for_every_step(case: Case) -> None:
+    sampling = model_of(case).get_model_object("model_sampling")
+    sigmas = [float(sigma) for sigma in calculate_sigmas(sampling, "simple", 12)]
+    accepted = accepted_errors(sampling, sigmas)
+    assert len(accepted) == len(sigmas) - 1
+    assert all(math.isfinite(value) and value > 0 for value in accepted)
+
+
+def test_flow_in_even_steps_accepts_more_with_less_noise() -> None:
+    sampling = model_of(CASES["sd3"]).get_model_object("model_sampling")
+    sigmas = [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert accepted_errors(sampling, sigmas) == pytest.approx([1 - 0.8 * sigma for sigma in sigmas[:-1]])
+    assert accepted_errors(sampling, [0.5, 0.25, 0.0]) == pytest.approx([0.6, 0.8]), "half of a run counts like a whole one"
+
+
+def test_error_of_predicted_noise_counts_1_plus_sigma_times() -> None:
+    sampling = model_of(CASES["pixart_alpha"]).get_model_object("model_sampling")
+    sigmas = [9.0, 4.0, 1.0, 0.0]  # shares of noise 0.9, 0.8, 0.5, 0
+    expected = [(1 - 0.8 * share) * 0.9 / (3 * step * factor)
+                for share, step, factor in ((0.9, 0.1, 10), (0.8, 0.3, 5), (0.5, 0.5, 2))]
+    assert accepted_errors(sampling, sigmas) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("sigmas", [[], [1.0], [0.0, 0.0], [0.5, 0.5, 0.5]])
+def test_degenerate_lists_are_tolerated(sigmas: list[float]) -> None:
+    sampling = model_of(CASES["sd3"]).get_model_object("model_sampling")
+    assert accepted_errors(sampling, sigmas) == [1.0] * max(len(sigmas) - 1, 0)
