@@ -116,8 +116,9 @@ class Config:
 
     @property
     def guarded(self) -> bool:
-        """Whether the forecasts are watched. The published method is left as it is."""
-        return self.active and self.quality != "off" and (self.policy is not None or self.preset != "paper")
+        """Whether the forecasts are watched. The published method, which makes none, is left as it is."""
+        makes = self.preset == "auto" or (self.preset == "custom" and self.forecast != "hold")
+        return self.active and self.quality != "off" and (self.policy is not None or makes)
 
     @property
     def open(self) -> bool:

@@ -16,25 +16,72 @@ import torch
 from torch import Tensor
 
 from blockdance_core.forecast import Forecast
-from blockdance_core.interception import Feature
+from blockdance_core.interception import Feature, sample
 
 QUALITIES = {"off": math.inf, "near-lossless": 0.15, "balanced": 0.25, "draft": 0.4}
 """Largest error of a forecast that is injected: a share of what the blocks contribute (root mean square), in units of what
 a step accepts (`host.levels.accepted_errors`). Measured: docs/benchmarks.md."""
 _SAMPLES = 1 << 15
 """Values that a stream is judged by, at most."""
-_ORDERS = (0, 1, 2)
+ORDERS = (0, 1, 2)
+_KEPT = len(ORDERS)
 _LONGEST = 8
 """So many steps may follow a computed one at most."""
 
 
 @dataclasses.dataclass
 class _Stream:
-    """The last samples of one stream's residual, newest first, and where they were taken."""
+    """What is known of one stream at one boundary.
+
+    Attributes:
+        steps: The last steps that were computed, newest first.
+        sigmas: Their noise levels.
+        samples: Samples of the residual there.
+        measured: Squared error of every order at the newest step, and the square of the residual; on the device.
+        reaches: How far each order had to reach for that.
+        rates: Error for a reach of 1, by order.
+        whole: Square of the residual.
+    """
 
     steps: list[int] = dataclasses.field(default_factory=list)
     sigmas: list[float] = dataclasses.field(default_factory=list)
     samples: list[Tensor] = dataclasses.field(default_factory=list)
+    measured: Tensor | None = None
+    reaches: dict[int, int] = dataclasses.field(default_factory=dict)
+    rates: dict[int, float] = dataclasses.field(default_factory=dict)
+    whole: float = 0.0
+
+    def add(self, step: int, sigma: float, sample: Tensor) -> None:
+        """The stream was computed; of several evaluations of a step the last one stays, as in the cache."""
+        older = slice(1 if self.steps and self.steps[0] == step else 0, _KEPT)
+        if self.samples and self.samples[0].shape != sample.shape:
+            older = slice(0, 0)
+        self.steps, self.sigmas, self.samples = self.steps[older], self.sigmas[older], self.samples[older]
+        self.reaches, errors = {}, [sample.square().sum()]
+        for order in range(min(len(self.steps), _KEPT)):
+            weights = Forecast(True, order).weights(self.sigmas, sigma)
+            if len(weights) == order + 1:
+                predicted = sum(weight * one for weight, one in zip(weights, self.samples, strict=False))
+                self.reaches[order] = _reach(self.steps, step, order)
+                errors.append((predicted - sample).square().sum())
+        self.measured = torch.stack(errors)
+        keep = slice(0, _KEPT - 1)
+        self.steps, self.sigmas = [step, *self.steps[keep]], [sigma, *self.sigmas[keep]]
+        self.samples = [sample, *self.samples[keep]]
+
+    def resolve(self) -> None:
+        """Read what was measured; waits for the device, which by the next step is done with it."""
+        if self.measured is not None:
+            self.whole, *errors = self.measured.tolist()
+            self.rates = {
+                order: math.sqrt(error / self.whole) / self.reaches[order]
+                for order, error in zip(self.reaches, errors, strict=True) if self.whole > 0
+            }
+            self.measured = None
+
+    def error(self, order: int, step: int) -> float:
+        """What a forecast of this order would be off by at a step, as a share of the residual."""
+        return self.rates[order] * _reach(self.steps, step, order)
 
 
 class Guard:
@@ -49,78 +96,73 @@ class Guard:
 
     def __init__(self, tolerance: float, kept: int, accepted: Sequence[float], lead: int = 0) -> None:
         self.tolerance, self.kept, self.accepted, self.lead = tolerance, kept, accepted, lead
-        self.forecast = Forecast(anchored=True)
-        self._streams: dict[Hashable, _Stream] = {}
-        self._measured: dict[int, list[Tensor]] = {}  # by order: squared errors and squares, on the device, in this step
-        self._reaches: dict[int, float] = {}
-        self._rates: dict[int, float] = {}  # error for a reach of 1
-        self._nodes: list[int] = []
-        self._computed = self._step = -1
-        self._allowed = False
+        self.order: int | None = None  # of the forecast to inject in this step; None to compute it
+        self._streams: dict[tuple[int, Hashable], _Stream] = {}
+        self._computed: dict[int, int] = {}
+        self._asked: tuple[int, int] | None = None
 
-    def observe(self, key: Hashable, step: int, sigma: float, output: Feature, base: Feature) -> None:
-        """A stream was computed.
+    def observe(self, boundary: int, key: Hashable, step: int, sigma: float, output: Feature, base: Feature) -> None:
+        """A stream was computed and stored.
 
         Args:
-            key: The stream.
+            boundary: Block index of the output.
+            key: The stream, and what its features are valid under.
             step: Index of the executed step.
             sigma: Noise level.
             output: Raw output of the boundary block.
             base: Input of block 0 in the same layout.
         """
-        if step != self._computed:
-            self._resolve()
-            self._computed = step
-        sample = torch.cat([
-            _sampled(after).float() - _sampled(before).float()
+        if step != self._computed.get(boundary):
+            since = self._computed.get(boundary, 0)
+            for name in [name for name, one in self._streams.items() if name[0] == boundary and one.steps[0] < since]:
+                del self._streams[name]
+            self._computed[boundary] = step
+        taken = torch.cat([
+            sample(after, _SAMPLES).float() - sample(before, _SAMPLES).float()
             for after, before in zip(output, base, strict=True) if after is not None and before is not None
         ])
-        stream = self._streams.setdefault(key, _Stream())
-        if stream.samples and stream.samples[0].shape != sample.shape:
-            stream.steps, stream.sigmas, stream.samples = [], [], []
-        if sigma not in stream.sigmas:
-            for order in _ORDERS[: min(len(stream.samples), self.kept)]:
-                weights = Forecast(True, order).weights(stream.sigmas, sigma)
-                if len(weights) == order + 1:
-                    predicted = sum(weight * one for weight, one in zip(weights, stream.samples, strict=False))
-                    pair = torch.stack([(predicted - sample).square().sum(), sample.square().sum()])
-                    self._measured.setdefault(order, []).append(pair)
-                    self._reaches[order] = _reach(stream.steps, step, order)
-            stream.steps = [step, *stream.steps[:2]]
-            stream.sigmas, stream.samples = [sigma, *stream.sigmas[:2]], [sample, *stream.samples[:2]]
-        self._nodes = list(stream.steps)
+        self._streams.setdefault((boundary, key), _Stream()).add(step, sigma, taken)
 
-    def allows(self, step: int, sigma: float) -> bool:
-        """Whether a step may reuse; `forecast` is what to inject then. All calls of a step get the same answer."""
-        if step != self._step:
-            self._resolve()
-            self._step = step
-            self._allowed = False
-            known = [order for order in self._rates if order < min(len(self._nodes), self.kept)]
-            errors = {order: self._rates[order] * _reach(self._nodes, step, order) for order in known}
-            if errors and step >= self.lead and 0 < step - self._computed <= _LONGEST:
-                best = min(errors, key=lambda order: errors[order])
-                self.forecast = Forecast(anchored=True, order=best)
-                self._allowed = errors[best] <= self.tolerance * self.accepted[step]
-        return self._allowed
+    def since(self, boundary: int) -> int:
+        """The last step that was computed: a feature from before it may not be injected."""
+        return self._computed.get(boundary, 0)
+
+    def allows(self, boundary: int, step: int, orders: Sequence[int] = ORDERS) -> bool:
+        """Whether a step may reuse; `order` says with which forecast. All calls of a step get the same answer.
+
+        Args:
+            boundary: Block index of the features that would be injected.
+            step: Index of the executed step.
+            orders: Orders to choose from.
+        """
+        if (boundary, step) != self._asked:
+            self._asked, self.order = (boundary, step), None
+            computed = self._computed.get(boundary)
+            if computed is not None and step >= self.lead and 0 < step - computed <= _LONGEST:
+                errors = self._errors(boundary, computed, step, orders)
+                best = min(errors, key=lambda order: errors[order], default=None)
+                if best is not None and errors[best] <= self.tolerance * self.accepted[step]:
+                    self.order = best
+        return self.order is not None
+
+    def _errors(self, boundary: int, computed: int, step: int, orders: Sequence[int]) -> dict[int, float]:
+        """The error to expect of each order that every stream of the last computed step has measured; root mean square."""
+        streams = [one for name, one in self._streams.items() if name[0] == boundary and one.steps[0] == computed]
+        for one in streams:
+            one.resolve()
+        known = [order for order in orders if order < self.kept and all(order in one.rates for one in streams)]
+        whole = sum(one.whole for one in streams)
+        if not whole > 0:
+            return {}
+        return {
+            order: math.sqrt(sum(one.error(order, step) ** 2 * one.whole for one in streams) / whole) for order in known
+        }
 
     def restart(self) -> None:
         """Nothing seen so far holds any longer."""
-        self.__init__(self.tolerance, self.kept, self.accepted, self.lead)  # type: ignore[misc]
-
-    def _resolve(self) -> None:
-        """Read the errors of the last computed step; waits for the device, which by then is done with that step."""
-        for order, pairs in self._measured.items():
-            error, whole = torch.stack(pairs).sum(0).tolist()
-            reach = self._reaches[order]
-            if whole > 0 and reach > 0:
-                self._rates[order] = math.sqrt(error / whole) / reach
-        self._measured = {}
-
-
-def _sampled(part: Tensor) -> Tensor:
-    flat = part.reshape(-1)
-    return flat[:: max(1, -(-flat.numel() // _SAMPLES))]
+        self._streams.clear()
+        self._computed.clear()
+        self._asked = self.order = None
 
 
 def _reach(nodes: Sequence[int], step: int, order: int) -> int:

@@ -105,13 +105,14 @@ def follow(plan: Plan) -> Schedule:
     return _scheduled([group for group in groups if group[1]], len(plan))
 
 
-def build(effective: Effective, levels: Sequence[float]) -> Schedule:
+def build(effective: Effective, levels: Sequence[float], everywhere: bool = False) -> Schedule:
     """Plan a run: uniform groups of N steps inside the window.
 
     Args:
         effective: The settings in force.
         levels: For each executed step the noise level at its start, and the level at the end of the last: share of
             the model's noise schedule already passed, 0 (pure noise) to 1 (clean). n + 1 values for n steps.
+        everywhere: Plan one group of all steps, of which a guard says which reuse.
 
     Returns:
         The schedule. The last step is always computed. A run that starts part-way (img2img, the second of two
@@ -130,6 +131,9 @@ def build(effective: Effective, levels: Sequence[float]) -> Schedule:
         if effective.preset != "custom":
             return Schedule((Step(),) * count, inside, (f"{few}: neighbouring steps differ too much, all computed",))
         warnings.append(f"{few}: expect visible differences")
+    if everywhere:
+        planned = follow([None, *[Reuse(effective.boundary, FORECASTS["taylor2"])] * (count - 1)])
+        return dataclasses.replace(planned, window=inside)
     groups = _groups(_eligible(effective, levels, count, inside), effective.group_size)
     if not groups:
         warnings.append("no step can be reused: the window holds too few steps")

@@ -14,10 +14,9 @@ from torch import nn
 
 from blockdance_core import families
 from blockdance_core.config import Config, Effective, resolve
-from blockdance_core.forecast import FORECASTS
-from blockdance_core.guard import QUALITIES, Guard
+from blockdance_core.guard import ORDERS, QUALITIES, Guard
 from blockdance_core.interception import intercept, taps
-from blockdance_core.schedule import COMPUTE, REUSE, Reuse, Schedule, build, follow
+from blockdance_core.schedule import COMPUTE, REUSE, Schedule, Step, build
 from blockdance_core.streams import FeatureCache
 from blockdance_core.timing import Stopwatch
 from blockdance_core.visit import CallInfo, Moment, Visit
@@ -44,10 +43,7 @@ def planned(config: Config, effective: Effective, levels: Sequence[float], sampl
     """The plan of a run: off goes before the policy, the policy before the preset."""
     if config.active and config.policy is not None:
         return config.policy.schedule(levels, sampler, config.group_size)
-    if config.open:
-        reuse = Reuse(effective.boundary, FORECASTS["taylor2"])
-        return follow([None, *[reuse] * (len(levels) - 2)])
-    return build(effective, levels)
+    return build(effective, levels, everywhere=config.open)
 
 
 def kept(config: Config, schedule: Schedule) -> int:
@@ -69,7 +65,8 @@ class ModelState:
         self.schedule: Schedule = planned(config, self.effective, levels, sampler)
         self.cache = FeatureCache(self.schedule.anchored, kept(config, self.schedule))
         self.guard: Guard | None = None
-        if config.guarded and self.cache.anchored:
+        self.open = config.open
+        if config.guarded:
             lead = math.ceil(_LEAD * (len(levels) - 1)) if config.open else 0
             tolerance = QUALITIES[config.quality] if config.tolerance is None else config.tolerance
             self.guard = Guard(tolerance, self.cache.keep, accepted, lead)
@@ -103,12 +100,20 @@ class ModelState:
             self.group_starts = [self.group_starts[-1], step]
             self.cache.drop_unseen(self.group_starts[0])
 
-    def restart(self) -> None:
-        """The latent has another size from here on: nothing stored fits, and the new features have to be measured."""
+    def orders(self, plan: Step) -> Sequence[int]:
+        """Orders of the forecast that the guard may choose from: a plan that was made by someone keeps its own."""
+        return ORDERS if self.open or plan.forecast is None else (plan.forecast.order,)
+
+    def forget(self) -> None:
+        """Nothing stored holds any longer."""
         self.cache.clear()
-        self.cache.limit = math.inf
         if self.guard is not None:
             self.guard.restart()
+
+    def restart(self) -> None:
+        """The latent has another size from here on: nothing stored fits, and the new features have to be measured."""
+        self.forget()
+        self.cache.limit = math.inf
         self.first_evaluation, self.predicted_bytes, self.placed = None, 0, False
 
     def place(self, info: CallInfo) -> tuple[str, ...]:
@@ -196,7 +201,7 @@ class Session:
             if grown:
                 state.restart()
             elif shifted:
-                state.cache.clear()
+                state.forget()
         step = step_of(self.sigmas, sigma, self.step)
         if self.evaluations and step != self.step:
             self._tell()
@@ -292,7 +297,7 @@ class Session:
             self._tell()
         self.listener = None  # it refers back to the session: a cycle would keep the model until the next collection
         for state in self.models.values():
-            state.cache.clear()
+            state.forget()
 
     def decision(self, step: int) -> str:
         """What a step did: `compute`, `cache`, `reuse`, or `mixed` where its calls differ."""

@@ -111,6 +111,7 @@ class FeatureCache:
         forecast: Forecast,
         current: Feature | None,
         device: torch.device | None = None,
+        since: int = 0,
     ) -> Feature | str:
         """Forecast the boundary feature of a whole batch.
 
@@ -123,6 +124,7 @@ class FeatureCache:
             forecast: How to weigh what is stored.
             current: Input of block 0 now, all rows, in the layout of the boundary; None where that is not known.
             device: Where the model runs; None for where the features are stored.
+            since: A stream whose last feature is of an earlier step has no forecast.
 
         Returns:
             New tensors [rows, tokens, width], or why there is no forecast.
@@ -130,7 +132,7 @@ class FeatureCache:
         chunks = []
         for key in keys:
             history = self._entries.get((key, boundary), [])
-            if not history or (history[0].group, history[0].condition) != (group, condition):
+            if not history or (history[0].group, history[0].condition) != (group, condition) or history[0].step < since:
                 return NOTHING_STORED
             if history[0].anchored and current is None:
                 return NOTHING_STORED

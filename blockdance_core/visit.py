@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from blockdance_core.families import FlowCheck
+from blockdance_core.forecast import Forecast
 from blockdance_core.interception import Feature, Passage, cloned, nbytes, signature
 from blockdance_core.schedule import REUSE, Step
 from blockdance_core.streams import NO_MEMORY, Entry, StreamKey, out_of_memory
@@ -108,7 +109,7 @@ class Visit:
         record, boundary = state.taps(*plan.record), None
         if plan.decision == REUSE and plan.boundary is not None:
             record, boundary = state.taps(plan.boundary), plan.boundary  # a compute forced inside a group stores
-            if state.guard is not None and not state.guard.allows(moment.step, moment.sigma):
+            if state.guard is not None and not state.guard.allows(plan.boundary, moment.step, state.orders(plan)):
                 boundary = None
         obstacle = self._obstacle()
         if obstacle and record:
@@ -156,13 +157,17 @@ class Visit:
 
     def _forecasts(self, now: _Pass, feature: Feature) -> dict[int, Feature] | str:
         """What to inject at every tap, or why there is no forecast."""
-        forecast = self.state.guard.forecast if self.state.guard is not None else self.plan.forecast
+        forecast, guard, since = self.plan.forecast, self.state.guard, 0
         assert forecast is not None
+        if guard is not None and self.plan.boundary is not None:
+            since = guard.since(self.plan.boundary)
+            if self.state.open and guard.order is not None:
+                forecast = Forecast(anchored=True, order=guard.order)
         injected = {}
         for tap in now.record:
             predicted = self.state.cache.predict(
                 now.keys, tap, self.plan.group, self.info.condition, self.moment.sigma, forecast,
-                self._in_layout_of(tap, feature), self.info.device,
+                self._in_layout_of(tap, feature), self.info.device, since,
             )
             if isinstance(predicted, str):
                 return predicted
@@ -215,15 +220,29 @@ class Visit:
 
             entry = Entry(self.moment.step, self.plan.group, self.info.condition, self.moment.sigma, False, ())
             reason = self.state.cache.store(key, index, entry, chunk(output), None if base is None else chunk(base))
-            if self.state.guard is not None and base is not None and index == now.record[-1]:
-                stream = (key, self.info.condition)
-                self.state.guard.observe(stream, self.moment.step, self.moment.sigma, chunk(output), chunk(base))
             if reason:
                 self.fallbacks.append(reason)
             else:
                 self.stored = True
+                self._watch(index, key, chunk(output), None if base is None else chunk(base))
                 if self.state.cache.anchored and not entry.anchored:
                     self.warnings.append("block 0's input does not fit the boundary block's output: forecast 'hold' is used")
+
+    def _watch(self, index: int, key: StreamKey, output: Feature, base: Feature | None) -> None:
+        """Let the guard see what was stored."""
+        guard = self.state.guard
+        if guard is None or index not in self.state.schedule.boundaries:
+            return
+        if base is None:
+            self.warnings.append("the forecasts of this model cannot be watched: with a quality everything is computed")
+            return
+        try:
+            guard.observe(index, (key, self.info.condition), self.moment.step, self.moment.sigma, output, base)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            guard.restart()
+            self.fallbacks.append(NO_MEMORY)
 
     def _in_layout_of(self, index: int, feature: Feature) -> Feature | None:
         layout = self.state.blocks[index].to_boundary_layout

@@ -68,7 +68,8 @@ def test_guard_turns_planned_reuse_into_compute_and_what_it_computes_serves_the_
     for accelerated in (strict, loose, free):
         sample(accelerated, case, steps=STEPS)
     assert reused_steps(last_run(strict)) == []
-    assert reused_steps(last_run(loose)) == reused_steps(last_run(free)) == [4, 5, 6, 8]
+    assert reused_steps(last_run(loose)) == [5, 6, 8], "a line has been measured from the third step on"
+    assert reused_steps(last_run(free)) == [4, 5, 6, 8]
     assert "cache" in last_run(strict)["decisions"]
 
 

@@ -16,14 +16,14 @@ def guard(tolerance: float = 0.1, kept: int = 3, lead: int = 0, accepted: float 
     return Guard(tolerance, kept, [accepted] * STEPS, lead)
 
 
-def see(watch: Guard, step: int, value: float, key: str = "a") -> None:
+def see(watch: Guard, step: int, value: float, key: str = "a", boundary: int = 5, later: float = 0.0) -> None:
     """A stream whose residual is `value` everywhere was computed at a step; sigmas fall evenly."""
     base = (torch.full((1, 4, 8), 5.0),)
-    watch.observe(key, step, 1 - step / STEPS, (base[0] + value,), base)
+    watch.observe(boundary, key, step, 1 - (step + later) / STEPS, (base[0] + value,), base)
 
 
-def asked(watch: Guard, step: int) -> bool:
-    return watch.allows(step, 1 - step / STEPS)
+def asked(watch: Guard, step: int, boundary: int = 5) -> bool:
+    return watch.allows(boundary, step)
 
 
 def test_nothing_is_allowed_before_an_error_was_measured() -> None:
@@ -39,8 +39,7 @@ def test_order_0_error_grows_with_the_distance() -> None:
     watch = guard(0.1, kept=1)
     for step, value in enumerate((1.0, 1.04)):  # off by .04 / 1.04 a step
         see(watch, step, value)
-    assert [asked(watch, step) for step in (2, 3, 4)] == [True, True, False]
-    assert watch.forecast.order == 0
+    assert [(asked(watch, step), watch.order) for step in (2, 3, 4)] == [(True, 0), (True, 0), (False, None)]
 
 
 def test_straight_residual_is_forecast_by_a_line_and_a_parabola_by_a_curve() -> None:
@@ -49,9 +48,9 @@ def test_straight_residual_is_forecast_by_a_line_and_a_parabola_by_a_curve() -> 
         see(line, step, 1 + step / 4)
         see(curve, step, 1 + step**2 / 4)
     assert asked(line, 4)
-    assert line.forecast.order == 1
+    assert line.order == 1
     assert asked(curve, 4)
-    assert curve.forecast.order == 2
+    assert curve.order == 2
     flat = guard(0.01, kept=1)
     for step in range(4):
         see(flat, step, 1 + step / 4)
@@ -76,7 +75,7 @@ def test_lead_and_longest_group() -> None:
     long = Guard(math.inf, 3, [1.0] * 40)
     see(long, 0, 1.0)
     see(long, 1, 1.0)
-    assert [long.allows(step, 1 - step / 40) for step in range(2, 12)] == [True] * 8 + [False] * 2
+    assert [long.allows(5, step) for step in range(2, 12)] == [True] * 8 + [False] * 2
 
 
 def test_all_streams_of_a_step_count_and_get_one_answer() -> None:
@@ -93,7 +92,7 @@ def test_stream_of_another_shape_starts_anew_and_restart_forgets_all() -> None:
     watch = guard(math.inf)
     see(watch, 0, 1.0)
     small = (torch.zeros(1, 2, 8),)
-    watch.observe("a", 1, 0.9, (small[0] + 1,), small)
+    watch.observe(5, "a", 1, 0.9, (small[0] + 1,), small)
     assert not asked(watch, 2)
     see(watch, 2, 1.0)
     see(watch, 3, 1.0)
@@ -102,11 +101,70 @@ def test_stream_of_another_shape_starts_anew_and_restart_forgets_all() -> None:
     assert not asked(watch, 5)
 
 
-def test_second_evaluation_at_the_same_noise_level_is_no_history() -> None:
+def test_second_evaluation_of_a_step_takes_the_place_of_the_first() -> None:
     watch = guard(math.inf)
     see(watch, 0, 1.0)
-    see(watch, 0, 1.0)
-    assert not asked(watch, 1)
+    see(watch, 0, 1.0, later=1.0)
+    assert not asked(watch, 1), "two evaluations of one step are no history"
+    see(watch, 1, 1.2)
+    see(watch, 1, 1.4, later=1.0)
+    assert asked(watch, 2)
+    strict = guard(0.3, kept=1)
+    see(strict, 0, 1.0)
+    see(strict, 1, 1.0)
+    see(strict, 1, 2.0, later=1.0)
+    assert not asked(strict, 2), "the last evaluation is what would be injected, and it is off by a half"
+
+
+def test_stream_that_appears_late_forbids_what_it_has_not_measured() -> None:
+    for order in ("ab", "ba"):
+        watch = guard(math.inf)
+        for step in range(3):
+            see(watch, step, 1.0, "a")
+        for key in order:
+            see(watch, 3, 1.0, key)
+        assert not asked(watch, 4), "b has one feature and no error"
+        for key in order:
+            see(watch, 4, 1.0, key)
+        assert asked(watch, 5)
+        assert watch.order == 0, "b has measured no other"
+
+
+def test_stream_that_is_gone_forbids_nothing_and_is_forgotten() -> None:
+    watch = guard(math.inf)
+    see(watch, 0, 1.0, "gone")
+    for step in range(3):
+        see(watch, step, 1.0, "a")
+    assert asked(watch, 3)
+    assert len(watch._streams) == 1
+
+
+def test_boundaries_are_judged_apart() -> None:
+    watch = guard(0.1)
+    for step in range(4):
+        see(watch, step, 1.0, boundary=5)
+        see(watch, step, 1.0 + step % 2, boundary=9)
+    assert asked(watch, 4, boundary=5)
+    assert not asked(watch, 4, boundary=9)
+    assert not asked(watch, 4, boundary=7), "nothing was seen there"
+
+
+def test_orders_that_are_not_asked_for_are_not_taken() -> None:
+    watch = guard(0.01)
+    for step in range(4):
+        see(watch, step, 1 + step / 4)
+    assert not watch.allows(5, 4, (0,))
+    watch = guard(0.01)
+    for step in range(4):
+        see(watch, step, 1 + step / 4)
+    assert watch.allows(5, 4, (1,))
+
+
+def test_feature_from_before_the_last_computed_step_is_too_old() -> None:
+    watch = guard()
+    assert watch.since(5) == 0
+    see(watch, 3, 1.0)
+    assert watch.since(5) == 3
 
 
 def test_residual_of_nothing_allows_nothing() -> None:
