@@ -41,11 +41,11 @@ def test_table_of_models_is_the_one_that_records_and_suite_make(request: pytest.
 @pytest.mark.skipif(not bench_page.JSON.is_file(), reason="nothing has been measured yet")
 def test_page_of_benchmarks_is_the_one_that_the_figures_make(request: pytest.FixtureRequest) -> None:
     data = json.loads(bench_page.JSON.read_text(encoding="utf-8"))
-    text = bench_page.render(data)
+    text = bench_page.render(data, bench_page.policies())
     if request.config.getoption("--update-docs"):
         bench_page.PAGE.write_text(text, encoding="utf-8")
     assert bench_page.PAGE.read_text(encoding="utf-8") == text, f"run {bench_page.UPDATE}"
-    assert all((bench_page.DOCS / bench_page.picture(points[0])).is_file() for points in bench_page.groups(data))
+    assert all((bench_page.DOCS / group.picture).is_file() for group in bench_page.groups(data))
 
 
 @pytest.mark.parametrize("family", declared(), ids=lambda family: family.name)

@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     logging.getLogger().setLevel(logging.WARNING)
     given = sys.argv[1:] if arguments is None else arguments
-    about = {"command": shlex.join(["python", "dev.py", "bench", *given]), "environment": environment(options)}
+    command, place = shlex.join(["python", "dev.py", "bench", *given]), environment(options)
+    about = {"command": command, "environment": place}
     found: dict[str, Any]
     if options.real_size is not None:
         found = {"real_size": {**about, "rows": real_size.measure(options)}}
@@ -77,31 +78,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in _models(options):
             for steps in options.steps:
                 one = _fitted(options, name, steps)
-                found["models"][name], points = measure(one, name)
+                found["models"][name], points = measure(
+                    one, name, {"command": command, "device": place["device"], "torch": place["torch"]})
                 found["points"] += points
     if options.json:
         page.save(options.json, found)
     return 0
 
 
-def measure(options: argparse.Namespace, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """All points of one model at one number of steps, each printed when it is finished; and figures of the model."""
+def measure(options: argparse.Namespace, name: str, made: dict[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """All points of one model at one number of steps, each printed when it is finished; and figures of the model.
+
+    What `made` the points, as a command on a device, stands in each of them.
+    """
     from demo.loader import load_demo
 
     bench = runner.Runner(load_demo(name), options)
     about = {"inactive_share": bench.inactive_share(), "block_shares": bench.shares}
     case = methods.Case(name, bench.demo.model, options.steps, options.sampler)
     finished = _finished(options.resume)
+    here = {**vars(options), "model": name, "n": sum(map(len, bench.batches)), "threads": torch.get_num_threads()}
     points = []
     print(f"{name}, {options.steps} steps of {options.sampler}, {options.prompts} prompts in batches of {options.batch}")
     print(HEADING)
     for method, settings in methods.settings(case, options.methods).items():
-        done = {key[-1] for key in finished if key[:-1] == (name, options.steps, options.sampler, method)}
-        points += [finished[name, options.steps, options.sampler, method, setting.name]
-                   for setting in settings if setting.name in done]
-        remaining = [setting for setting in settings if setting.name not in done]
+        keys = {setting.name: page.key({**here, "method": method, "setting": setting.name}) for setting in settings}
+        points += [finished[one] for one in keys.values() if one in finished]
+        remaining = [setting for setting in settings if keys[setting.name] not in finished]
         for point in bench.points(remaining) if remaining else ():
-            points.append({"model": name, "method": method, **point})
+            points.append({"model": name, "method": method, **point, **made})
             print(row(points[-1]), flush=True)
             if options.resume:
                 with options.resume.open("a", encoding="utf-8") as file:
@@ -148,10 +153,11 @@ def _fitted(options: argparse.Namespace, name: str, steps: int | None = None) ->
 
 
 def _finished(path: Path | None) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The points of a file by their keys; one that does not say all of its conditions is measured again."""
     if path is None or not path.is_file():
         return {}
     points = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {page.key(point): point for point in points}
+    return {page.key(point): point for point in points if all(name in point for name in page.KEY)}
 
 
 if __name__ == "__main__":

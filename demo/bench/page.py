@@ -1,21 +1,29 @@
-"""docs/benchmarks.md and its plots, made from docs/benchmarks.json alone."""
+"""docs/benchmarks.md and its plots, made from docs/benchmarks.json and the policies of the demo models alone."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from demo.architectures import ARCHITECTURES
-from demo.bench import latency, real_size
+from demo.bench import latency, methods, real_size
 from demo.bench.figures import GOALS, PSNR_CAP, Duel, duel
+
+if TYPE_CHECKING:
+    from blockdance_core.policy import Calibrated, SchedulePolicy
 
 DOCS = Path(__file__).parents[2] / "docs"
 JSON, PAGE = DOCS / "benchmarks.json", DOCS / "benchmarks.md"
 UPDATE = "python dev.py bench --report"
 OURS = "ours-"
+OUT_OF_USERS_REACH = "tolerance="
+"""How settings of ours begin that no input of a node makes: shown, but in no goal and no duel."""
+CONDITIONS = ("model", "steps", "sampler", "scheduler", "cfg", "split", "difficulty", "seed", "batch", "n", "threads")
+"""What points must have in common to be compared."""
+KEY = (*CONDITIONS, "method", "setting")
 DUELS = (0.15, 0.80)
 """Rival points of a measured cut between these are compared with ours."""
 _COLOURS = {"ours-calibrated": "#d55e00", "ours-auto": "#0072b2", "ours-paper": "#009e73", "ours-guarded": "#cc79a7"}
@@ -24,8 +32,8 @@ Point = dict[str, Any]
 
 
 def key(point: Point) -> tuple[Any, ...]:
-    """What tells a point from all others."""
-    return tuple(point[name] for name in ("model", "steps", "sampler", "method", "setting"))
+    """What tells a point from all others; None for a condition that an old file does not say."""
+    return tuple(point.get(name) for name in KEY)
 
 
 def save(path: Path, found: dict[str, Any]) -> None:
@@ -43,62 +51,109 @@ def save(path: Path, found: dict[str, Any]) -> None:
 def write() -> None:
     """Write the page and its plots."""
     data = json.loads(JSON.read_text(encoding="utf-8"))
-    for points in groups(data):
-        plot(points, DOCS / picture(points[0]))
-    PAGE.write_text(render(data), encoding="utf-8")
+    for group in groups(data):
+        plot(group, DOCS / group.picture)
+    PAGE.write_text(render(data, policies()), encoding="utf-8")
 
 
-def groups(data: dict[str, Any]) -> list[list[Point]]:
-    """The points of each model, number of steps and sampler, sorted by cut."""
+def policies() -> dict[str, SchedulePolicy]:
+    """The policies of the demo models that there are."""
+    from blockdance_core import policy
+
+    return {path.stem: policy.load(path) for path in sorted(methods.POLICIES.glob("*.safetensors"))}
+
+
+class Group(NamedTuple):
+    """Points that were measured under the same conditions, sorted by cut.
+
+    Attributes:
+        points: At least one.
+        apart: The conditions that tell them from other points of the same model and number of steps.
+    """
+
+    points: list[Point]
+    apart: tuple[str, ...] = ()
+
+    def says(self, name: str) -> str:
+        """A condition in words."""
+        value = self.points[0].get(name)
+        return "unknown" if value is None else str(value)
+
+    @property
+    def cells(self) -> str:
+        """Model and steps as cells of a table, with what tells the group apart."""
+        return ", ".join([f"{self.says('model')} | {self.says('steps')}", *self._apart("sampler")])
+
+    @property
+    def title(self) -> str:
+        """The group in words."""
+        first = f"{self.says('model')}, {self.says('steps')} steps of {self.says('sampler')}"
+        return ", ".join([first, *self._apart()])
+
+    @property
+    def picture(self) -> str:
+        """Its plot, relative to docs/."""
+        own = ARCHITECTURES[self.says("model")].sampling["sampler"] == self.says("sampler")
+        names = ["pareto", self.says("model"), self.says("steps"), *(() if own else (self.says("sampler"),)), *self._apart()]
+        return f"images/{'-'.join(names).replace(' ', '-')}.png"
+
+    def _apart(self, *more: str) -> list[str]:
+        plain = ("sampler", "scheduler", "split", "difficulty")
+        return [self.says(name) if name in plain else f"{name} {self.says(name)}"
+                for name in self.apart if name != "sampler" or name in more]
+
+
+def groups(data: dict[str, Any]) -> list[Group]:
+    """The points by their conditions."""
     found: dict[tuple[Any, ...], list[Point]] = {}
     for point in sorted(data.get("points", ()), key=lambda point: point["cut"]):
-        found.setdefault(key(point)[:3], []).append(point)
-    return [found[name] for name in sorted(found)]
-
-
-def picture(point: Point) -> str:
-    """The plot that a point is in, relative to docs/."""
-    own = ARCHITECTURES[point["model"]].sampling["sampler"] == point["sampler"]
-    return f"images/pareto-{point['model']}-{point['steps']}{'' if own else '-' + point['sampler']}.png"
+        found.setdefault(key(point)[: len(CONDITIONS)], []).append(point)
+    several: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+    for place in sorted(found, key=lambda place: [(value is not None, value) for value in place]):
+        several.setdefault(place[:2], []).append(place)
+    return [
+        Group(found[place], tuple(name for name, *values in zip(CONDITIONS, *places, strict=True) if len(set(values)) > 1))
+        for places in several.values() for place in places
+    ]
 
 
 def ours(points: Sequence[Point]) -> list[Point]:
-    """Those of this pack."""
-    return [point for point in points if point["method"].startswith(OURS)]
+    """Those of this pack that a user can have, too."""
+    return [point for point in points
+            if point["method"].startswith(OURS) and not point["setting"].startswith(OUT_OF_USERS_REACH)]
 
 
 def duels(points: Sequence[Point]) -> list[Duel]:
     """Every rival point inside `DUELS` against ours."""
     mine = ours(points)
     low, high = DUELS
-    return [duel(point, mine) for point in points if point not in mine and low <= point["cut"] <= high]
+    return [duel(point, mine) for point in points if not point["method"].startswith(OURS) and low <= point["cut"] <= high]
 
 
-def render(data: dict[str, Any]) -> str:
-    """The whole page."""
+def render(data: dict[str, Any], policies: Mapping[str, SchedulePolicy]) -> str:
+    """The whole page, from the figures and the policies of the models."""
     return "\n".join([
         "# Benchmarks", "", f"Made by `{UPDATE}` from [benchmarks.json](benchmarks.json).", "",
         *_method(data), *_goals(data), *_summary(data),
-        *(line for points in groups(data) for line in _section(points)),
-        *_sweeps(data),
+        *(line for group in groups(data) for line in _section(group)),
+        *_tails(policies), *_sweeps(data),
     ])
 
 
 def _method(data: dict[str, Any]) -> Iterator[str]:
     if not data.get("points"):
         return
-    place = data["environment"]
     yield "## How it was measured"
     yield ""
-    yield f"`{data['command']}`"
+    for group in groups(data):
+        yield _conditions(group, data["environment"])
     yield ""
     yield (
-        f"On {place['device']} with {place['threads']} threads, PyTorch {place['torch']}. Every method ran in one process, "
-        f"on the same {place['prompts']} captions of the {place['split']} split ({place['difficulty']} difficulty), in batches "
-        f"of {place['batch']}, with the same seeds and noise. *Cut* is 1 - DiT time / DiT time of the full runs beside it: the "
-        "time inside the model's call with the method's own code, where each call counts with the median of all calls that do "
-        "the same work. *Arithmetic* counts the blocks that ran. SSIM and PSNR compare with the full run of the same seed "
-        f"(data range 1, equal pictures count as {PSNR_CAP:g} dB, a clip counts with the mean of its frames); the interval "
+        "Every method ran on the same captions, seeds and noise, with full runs in the same process beside it. *Cut* is "
+        "1 - DiT time / DiT time of those full runs: the time inside the model's call with the method's own code, where each "
+        "call counts with the median of all calls that do the same work. *Arithmetic* counts the blocks that ran. SSIM and "
+        f"PSNR compare with the full run of the same seed (data range 1, equal pictures count as {PSNR_CAP:g} dB, a clip "
+        "counts with the mean of its frames); the interval "
         "of the mean SSIM is a bootstrap over prompts (95 %); *worst tenth* is the mean SSIM of the worst 10 % of prompts. "
         "The demo models are small: read this as a comparison of methods, not as a promise for larger models."
     )
@@ -114,21 +169,46 @@ def _method(data: dict[str, Any]) -> Iterator[str]:
         yield ""
 
 
+def _conditions(group: Group, environment: Mapping[str, Any]) -> str:
+    """What a group was measured with: each point says it, an older one's device is that of the whole file."""
+    says = group.says
+    device, torch = (
+        " and ".join(dict.fromkeys(str(point.get(name, environment.get(name, "unknown"))) for point in group.points))
+        for name in ("device", "torch")
+    )
+    commands = ", ".join(f"`{command}`" for command in sorted({point.get("command", "unknown") for point in group.points}))
+    return (
+        f"- {says('model')}, {says('steps')} steps of {says('sampler')} ({says('scheduler')}, CFG {says('cfg')}): {says('n')} "
+        f"captions of the {says('split')} split ({says('difficulty')} difficulty), seed {says('seed')}, in batches of "
+        f"{says('batch')}, {says('threads')} threads of {device}, PyTorch {torch}; made by {commands}."
+    )
+
+
+def _chosen(data: dict[str, Any]) -> str:
+    """Which points of ours count, and what their choice knows."""
+    splits = " and ".join(sorted({group.says("split") for group in groups(data)}))
+    return (
+        "Of ours only settings count that a user can reach; the guard's other tolerances (`tolerance=`) stand in the tables "
+        f"and plots alone. Our points are picked by their cut and their fidelity on these same {splits} captions: it is an "
+        "oracle's choice among our levels, as it is for the rivals' thresholds."
+    )
+
+
 def _goals(data: dict[str, Any]) -> Iterator[str]:
     if not groups(data):
         return
     yield from ("## Goals", "", *_header("Model", "Steps", "Goal", "Fidelity", "Wanted cut", "Best cut of ours", "With", "Met"))
-    for points in groups(data):
+    for group in groups(data):
         for goal in GOALS:
-            wanted = goal.cuts.get(points[0]["steps"])
+            wanted = goal.cuts.get(group.points[0]["steps"])
             if wanted is None:
                 continue
-            best = goal.best(ours(points))
+            best = goal.best(ours(group.points))
             fidelity = f"SSIM >= {goal.ssim:g}" + (f", PSNR >= {goal.psnr:g} dB" if goal.psnr else "")
             reached = f"{best['cut']:.1%} | {_name(best)}" if best else "none | -"
             met = "met" if best and best["cut"] >= wanted else "not met"
-            yield f"| {_of(points)} | {goal.name} | {fidelity} | {wanted:.0%} | {reached} | {met} |"
-    yield ""
+            yield f"| {group.cells} | {goal.name} | {fidelity} | {wanted:.0%} | {reached} | {met} |"
+    yield from ("", _chosen(data), "")
 
 
 def _summary(data: dict[str, Any]) -> Iterator[str]:
@@ -138,24 +218,25 @@ def _summary(data: dict[str, Any]) -> Iterator[str]:
     yield (
         f"At every rival point of a cut between {DUELS[0]:.0%} and {DUELS[1]:.0%}: our most faithful point of at least that "
         "cut (within 0.5 points), and the paired difference of the mean SSIM. A win or a loss is one whose 95 % interval, by "
-        "10,000 bootstrap resamples over prompts, leaves out 0. Our point is chosen on the same prompts."
+        "10,000 bootstrap resamples over prompts, leaves out 0; everything else is a tie. A rival's point of a cut below or "
+        "above these does not count."
     )
     yield ""
     yield from _header("Model", "Steps", "Rival", "Wins", "Ties", "Losses", "Out of reach", "Worst tenth no lower")
     lost = []
-    for points in groups(data):
-        found = duels(points)
+    for group in groups(data):
+        found = duels(group.points)
         for rival in sorted({one.rival["method"] for one in found}):
             of = [one for one in found if one.rival["method"] == rival]
             count = Counter(one.outcome for one in of)
             reached = [(one.ours, one.rival) for one in of if one.ours]
             better = sum(mine["ssim_p10"] >= other["ssim_p10"] for mine, other in reached)
             outcomes = " | ".join(str(count[name]) for name in ("win", "tie", "loss", "out of reach"))
-            yield f"| {_of(points)} | {rival} | {outcomes} | {better} of {len(reached)} |"
-        lost += [one for one in found if one.outcome in ("loss", "out of reach")]
-    yield from ("", "Losses, and what is out of reach:", "")
-    for one in lost:
-        where = f"{_of([one.rival]).replace(' | ', ', ')} steps: {_name(one.rival)}"
+            yield f"| {group.cells} | {rival} | {outcomes} | {better} of {len(reached)} |"
+        lost += [(group.title, one) for one in found if one.outcome in ("loss", "out of reach")]
+    yield from ("", _chosen(data), "", "Losses, and what is out of reach:", "")
+    for title, one in lost:
+        where = f"{title}: {_name(one.rival)}"
         figures = f"cut {one.rival['cut']:.1%}, SSIM {one.rival['ssim']:.4f}"
         against = (
             f"{_name(one.ours)} (cut {one.ours['cut']:.1%}, SSIM {one.ours['ssim']:.4f}), "
@@ -166,15 +247,14 @@ def _summary(data: dict[str, Any]) -> Iterator[str]:
     yield ""
 
 
-def _section(points: Sequence[Point]) -> Iterator[str]:
-    first = points[0]
-    title = f"{first['model']}, {first['steps']} steps of {first['sampler']}"
-    yield from (f"## {title}", "", f"![Cut and SSIM of every method: {title}]({picture(first)})", "")
+def _section(group: Group) -> Iterator[str]:
+    title = group.title
+    yield from (f"## {title}", "", f"![Cut and SSIM of every method: {title}]({group.picture})", "")
     yield from _header(
         "Method", "Setting", "Cut", "Arithmetic", "By block time", "SSIM", "95 %", "Worst tenth", "PSNR, dB", "Latent L2",
         "Stored, KiB", "Computed instead",
     )
-    for point in points:
+    for point in group.points:
         low, high = point["ssim_interval"]
         stored = "-" if point.get("stored_bytes") is None else f"{point['stored_bytes'] / 1024:.0f}"
         name = f"**{point['method']}**" if point["method"].startswith(OURS) else point["method"]
@@ -184,6 +264,46 @@ def _section(points: Sequence[Point]) -> Iterator[str]:
             f"{point['psnr']:.1f} | {point['latent_l2']:.4f} | {stored} | {sum(point.get('fallbacks', {}).values())} |"
         )
     yield ""
+
+
+def _tails(policies: Mapping[str, SchedulePolicy]) -> Iterator[str]:
+    """How often calibration lets the blocks behind the boundary live, rather than skip all."""
+    found = [
+        (f"{model}, {entry.steps} steps of {entry.sampler}", entry.cuts, _kept(entry, policy.depth))
+        for model, policy in sorted(policies.items()) for entry in policy.entries
+    ]
+    if not found:
+        return
+    yield from ("## When the tail of live blocks pays", "")
+    slow = _sum(level for _, _, levels in found for level in levels[: len(levels) // 2])
+    fast = _sum(level for _, _, levels in found for level in levels[len(levels) // 2 :])
+    kept, reused = _sum((slow, fast))
+    yield (
+        f"Where it may choose, calibration lets a tail of blocks behind the boundary run in {kept} of {reused} reuse steps: in "
+        f"{_share(slow)} of those of the slower half of each model's levels, and in {_share(fast)} of those of the faster half."
+    )
+    yield ""
+    for title, cuts, levels in found:
+        yield from _header(f"{title}: cut", *(f"{cut:.1%}" for cut in cuts))
+        yield f"| reuse steps with a tail | {' | '.join(_share(level) for level in levels)} |"
+        yield ""
+
+
+def _kept(entry: Calibrated, depth: int) -> list[tuple[int, int]]:
+    """For each level the reuse steps with a boundary below the last block, and all of them."""
+    from blockdance_core.schedule import REUSE, follow
+
+    steps = [[step for step in follow(plan).steps if step.decision == REUSE] for plan in entry.plans]
+    return [(sum((step.boundary or 0) < depth - 1 for step in level), len(level)) for level in steps]
+
+
+def _sum(levels: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    kept, reused = map(sum, zip((0, 0), *levels, strict=True))
+    return kept, reused
+
+
+def _share(level: tuple[int, int]) -> str:
+    return f"{level[0] / level[1]:.0%}" if level[1] else "-"
 
 
 def _sweeps(data: dict[str, Any]) -> Iterator[str]:
@@ -201,21 +321,18 @@ def _header(*names: str) -> tuple[str, str]:
     return f"| {' | '.join(names)} |", "|" + "---|" * len(names)
 
 
-def _of(points: Sequence[Point]) -> str:
-    return f"{points[0]['model']} | {points[0]['steps']}"
-
-
 def _name(point: Point) -> str:
     return f"{point['method']} {point['setting']}"
 
 
-def plot(points: Sequence[Point], path: Path) -> None:
+def plot(group: Group, path: Path) -> None:
     """Measured cut against 1 - SSIM, better is higher: ours strong, rivals thin, fewer steps dashed; goals are stars."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    points = group.points
     figure, axes = pyplot.subplots(figsize=(8, 7), dpi=100, layout="constrained")
     thin = iter(pyplot.get_cmap("tab20").colors)
     for method in dict.fromkeys(point["method"] for point in sorted(points, key=lambda point: point["method"])):
@@ -231,7 +348,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
             axes.plot(100 * goal.cuts[points[0]["steps"]], 1 - goal.ssim, "*", color="#e6b800", markersize=14, zorder=4)
     axes.set(
         yscale="log", xlim=(0, 85), xlabel="measured cut of DiT time, %", ylabel="1 - SSIM to the full run (log, better is up)",
-        title=f"{points[0]['model']}, {points[0]['steps']} steps of {points[0]['sampler']} (stars: goals)",
+        title=f"{group.title} (stars: goals)",
     )
     axes.invert_yaxis()
     axes.grid(alpha=0.3)

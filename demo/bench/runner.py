@@ -25,6 +25,8 @@ from demo.bench.figures import PSNR_CAP, bootstrap, worst_tenth
 from demo.bench.methods import Setting
 
 KEY = "blockdance_bench"
+CONDITIONS = ("scheduler", "cfg", "split", "difficulty", "seed", "batch")
+"""Options that every point says, besides its steps, sampler, threads and number of prompts."""
 FULL = Setting("full")
 
 
@@ -132,7 +134,7 @@ class Runner:
             )
             yield {
                 "setting": setting.name, "steps": self.options.steps, "sampler": self.options.sampler,
-                "scheduler": self.options.scheduler, "cfg": self.options.cfg,
+                **{name: getattr(self.options, name) for name in CONDITIONS}, "threads": torch.get_num_threads(),
                 **cuts(found[setting.name], beside[setting.name], self.shares), **_stored(found[setting.name]),
                 "ssim": statistics.fmean(similarity), "ssim_interval": bootstrap(similarity),
                 "ssim_p10": worst_tenth(similarity), "psnr": statistics.fmean(decibel),

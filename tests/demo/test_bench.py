@@ -26,7 +26,9 @@ def _point(method: str, cut: float, ssim: list[float], **more) -> dict:
     return {
         "model": "sd3-mini", "method": method, "setting": "N=2", "steps": 20, "sampler": "euler", "cut": cut, "ssim": mean,
         "cut_arithmetic": cut, "cut_by_block_time": cut, "ssim_interval": [mean, mean], "ssim_p10": min(ssim), "psnr": 40.0,
-        "latent_l2": 0.01, "stored_bytes": 2048, "n": len(ssim), "prompt_ssim": ssim, "prompt_psnr": [40.0] * len(ssim), **more,
+        "latent_l2": 0.01, "stored_bytes": 2048, "n": len(ssim), "prompt_ssim": ssim, "prompt_psnr": [40.0] * len(ssim),
+        "scheduler": "simple", "cfg": 4.5, "split": "test", "difficulty": "mixed", "seed": 0, "batch": 2, "threads": 1,
+        "command": "python dev.py bench", **more,
     }
 
 
@@ -150,7 +152,7 @@ def _data() -> dict:
 
 
 def test_page_says_which_goals_are_met_and_which_rivals_are_beaten() -> None:
-    text = page.render(_data())
+    text = page.render(_data(), {})
     assert "| sd3-mini | 20 | near-lossless | SSIM >= 0.99 | 45% | 50.0% | ours-auto N=2 | met |" in text
     assert "| sd3-mini | 20 | stretch | SSIM >= 0.95 | 62% | 50.0% | ours-auto N=2 | not met |" in text
     assert "| sd3-mini | 20 | fora | 1 | 0 | 0 | 0 | 1 of 1 |" in text
@@ -176,6 +178,80 @@ def test_save_replaces_points_measured_again_and_keeps_the_rest(tmp_path) -> Non
     data = json.loads(path.read_text(encoding="utf-8"))
     assert [(point["method"], point["cut"]) for point in data["points"]] == [("fora", 0.45), ("teacache", 0.5)]
     assert data["latency"] == {"rows": []}
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("split", "train"), ("difficulty", "hard"), ("seed", 1), ("batch", 4), ("n", 7), ("cfg", 3.0), ("scheduler", "karras"),
+    ("threads", 2), ("sampler", "uni_pc"),
+])
+def test_points_of_other_conditions_stay_apart(name, value, tmp_path) -> None:
+    old, new = _point("fora", 0.4, [0.9]), _point("fora", 0.4, [0.9], **{name: value})
+    path = tmp_path / "figures.json"
+    page.save(path, {"points": [old]})
+    page.save(path, {"points": [new]})
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert data["points"] == [old, new]
+    assert len({group.picture for group in page.groups(data)}) == len({group.cells for group in page.groups(data)}) == 2
+
+
+def test_points_that_lack_a_condition_are_measured_again_but_shown(tmp_path) -> None:
+    whole, old = _point("fora", 0.4, [0.9]), _point("teacache", 0.4, [0.9])
+    del old["seed"]
+    path = tmp_path / "points.jsonl"
+    path.write_text(json.dumps(whole) + "\n" + json.dumps(old) + "\n", encoding="utf-8")
+    assert list(program._finished(path).values()) == [whole]
+    text = page.render({**_data(), "points": [whole, old]}, {})
+    assert "## sd3-mini, 20 steps of euler, seed unknown" in text
+
+
+def test_page_says_conditions_and_commands_of_the_points_themselves() -> None:
+    points = [_point("fora", 0.4, [0.9] * 3), _point("fora", 0.4, [0.9], steps=30, split="validation", command="another")]
+    text = page.render({**_data(), "points": points}, {})
+    assert (
+        "- sd3-mini, 20 steps of euler (simple, CFG 4.5): 3 captions of the test split (mixed difficulty), seed 0, in batches "
+        "of 2, 1 threads of a machine, PyTorch 2; made by `python dev.py bench`."
+    ) in text
+    assert "- sd3-mini, 30 steps of euler (simple, CFG 4.5): 1 captions of the validation split" in text
+    assert "made by `another`." in text
+
+
+def test_only_what_a_user_can_set_counts_as_ours_and_the_rest_is_no_rival() -> None:
+    reached = [_point("ours-guarded", 0.3, [0.99], setting="draft"), _point("ours-calibrated", 0.3, [0.9], setting="cut=0.300")]
+    points = [*reached, _point("ours-guarded", 0.7, [0.995], setting="tolerance=2"), _point("fora", 0.5, [0.9])]
+    assert page.ours(points) == reached
+    assert [(one.rival["method"], one.outcome) for one in page.duels(points)] == [("fora", "out of reach")]
+    text = page.render({**_data(), "points": points}, {})
+    assert "| ours-guarded | tolerance=2 |" in text.replace("*", "")
+    assert text.count("on these same test captions: it is an oracle's choice among our levels") == 2
+
+
+def test_rivals_outside_the_range_of_cuts_do_not_count() -> None:
+    rivals_ = [_point("fora", cut, [0.9]) for cut in (0.1, 0.149, 0.15, 0.5, 0.8, 0.801, 0.9)]
+    assert [one.rival["cut"] for one in page.duels([_point("ours-auto", 0.5, [0.9]), *rivals_])] == [0.15, 0.5, 0.8]
+
+
+@pytest.mark.parametrize(("gains", "outcome"), [
+    ([0.0] * 4, "tie"), ([0.01, -0.002, 0.0, 0.0], "tie"), ([-0.01, 0.002, 0.0, 0.0], "tie"), ([0.001] * 4, "win"),
+    ([-0.001] * 4, "loss"),
+])
+def test_differences_whose_interval_holds_0_are_ties(gains, outcome) -> None:
+    mine = _point("ours-auto", 0.5, [0.9 + gain for gain in gains])
+    assert figures.duel(_point("fora", 0.5, [0.9] * 4), [mine]).outcome == outcome
+
+
+def test_page_counts_the_reuse_steps_that_keep_a_tail() -> None:
+    from blockdance_core.forecast import FORECASTS
+    from blockdance_core.schedule import Reuse
+
+    tail, last = Reuse(2, FORECASTS["hold"]), Reuse(3, FORECASTS["hold"])
+    plans = ((None, tail, None, None), (None, tail, None, last, None, last, None), (None, None))
+    entry = SimpleNamespace(sampler="euler", steps=7, cuts=(0.2, 0.4, 0.0), plans=plans)
+    text = page.render(_data(), {"some": SimpleNamespace(depth=4, entries=[entry])})
+    assert "## When the tail of live blocks pays" in text
+    assert "in 2 of 4 reuse steps: in 100% of those of the slower half of each model's levels, and in 33% of" in text
+    assert "| some, 7 steps of euler: cut | 20.0% | 40.0% | 0.0% |\n|---|---|---|---|\n" in text
+    assert "| reuse steps with a tail | 100% | 33% | - |" in text
+    assert "When the tail" not in page.render(_data(), {})
 
 
 def test_prompts_are_of_the_test_split_half_easy_half_hard() -> None:
@@ -211,7 +287,7 @@ def test_a_small_benchmark_from_end_to_end_and_on_from_where_it_ended(tmp_path, 
     target, lines = tmp_path / "figures.json", tmp_path / "points.jsonl"
     arguments = [
         "--steps", "6", "--prompts", "2", "--batch", "2", "--threads", "1", "--json", str(target), "--resume", str(lines),
-        "--methods", "fora N=2", "teacache threshold=0.3", "easycache threshold=2", "fewer-steps share=0.5",
+        "--methods", "fora N=2", "teacache threshold=0.3", "easycache threshold=1.6", "fewer-steps share=0.5",
     ]
     assert program.main(arguments) == 0
     data = json.loads(target.read_text(encoding="utf-8"))
@@ -222,7 +298,8 @@ def test_a_small_benchmark_from_end_to_end_and_on_from_where_it_ended(tmp_path, 
     assert points["teacache"]["stored_bytes"] > 0
     assert 0 < points["easycache"]["cut_arithmetic"] < 1
     assert all(point["n"] == len(point["prompt_psnr"]) == 2 and point["ssim"] < 1 for point in points.values())
-    assert "fora" in page.render(data)
+    assert all(set(page.KEY) <= set(point) and point["command"].startswith("python dev.py bench") for point in points.values())
+    assert "fora" in page.render(data, {})
     capsys.readouterr()
     assert program.main(arguments) == 0
     assert "fora" not in capsys.readouterr().out  # nothing is left to measure
