@@ -13,10 +13,11 @@ from torch import Tensor
 
 from blockdance_core import families
 from blockdance_core.calibration import CANDIDATES, Forecasts, Profile
+from blockdance_core.forecast import Forecast
 from blockdance_core.host.attach import KEY
 from blockdance_core.host.rollout import Rollouts
 from blockdance_core.interception import Block, Feature, Passage, cloned, intercept
-from blockdance_core.schedule import Reuse
+from blockdance_core.schedule import Plan, Reuse
 
 LAGS = (1, 2, 3, 4, 6)
 LONGEST = 7
@@ -70,17 +71,14 @@ def measure(
     times: list[list[float]] = [[] for _ in boundaries]
     for v, c, i in groups(steps, len(boundaries), lags):
         stop = min(c + longest, steps - 1)
-        rows = [Reuse(boundaries[v], one or CANDIDATES[0]) for one in forecasts[v][c][i][1 : stop - c]]
-        computed = {c, c - lags[i], c - 2 * lags[i]}
-        run = rollouts.run(
-            [None] * (c + 1) + rows + [None] * (steps - stop), [k for k in range(c) if k not in computed], until=stop
-        )
+        plan, replayed = _alone(c, stop, lags[i], boundaries[v], forecasts[v][c][i], steps)
+        run = rollouts.run(plan, replayed, until=stop)
         errors[:, v, c, i, 1 : stop - c] = rollouts.distances(run)[c + 2 : stop + 1].T
         times[v] += run.record["dit_ms"][c + 1 : stop]
         progress()
     full = statistics.median(rollouts.full.record["dit_ms"])
     costs = tuple(statistics.median(of) / full if of else 1.0 for of in times)
-    gains = _gains(rollouts, boundaries, forecasts, progress)
+    gains = _gains(rollouts, boundaries, forecasts, lags[0], progress)
     return Profile(tuple(boundaries), costs, tuple(lags), forecasts, errors, gains)
 
 
@@ -94,17 +92,31 @@ def probes(steps: int) -> list[int]:
     return sorted({round(k) for k in np.linspace(0, steps - 3, min(_PROBES, steps - 2))}) if steps > 2 else []
 
 
+def _alone(
+    c: int, stop: int, lag: int, boundary: int, forecasts: Sequence[Forecast | None], steps: int
+) -> tuple[Plan, list[int]]:
+    """A plan in which one group reuses, from c + 1 up to `stop`, and the steps to replay.
+
+    Before c, only its history runs, the steps c - lag and c - 2 lag. A replayed step stores nothing: its row says `Reuse`,
+    so that none is taken for history in their place. Those before the first one that runs count as computed all the same,
+    and stand for a history that there is not.
+    """
+    replayed = [k for k in range(c) if k not in (c - lag, c - 2 * lag)]
+    plan: list[Reuse | None] = [Reuse(boundary, CANDIDATES[0]) if k in replayed else None for k in range(steps)]
+    plan[c + 1 : stop] = [Reuse(boundary, one or CANDIDATES[0]) for one in forecasts[1 : stop - c]]
+    return plan, replayed
+
+
 def _gains(
-    rollouts: Rollouts, boundaries: Sequence[int], forecasts: Forecasts, progress: Callable[[], None]
+    rollouts: Rollouts, boundaries: Sequence[int], forecasts: Forecasts, lag: int, progress: Callable[[], None]
 ) -> np.ndarray:
     steps = rollouts.steps
     deepest = int(np.argmax(boundaries))
     at, gains = [], []
     for c in probes(steps):
         end = min(c + 3, steps - 1)
-        rows = [Reuse(boundaries[deepest], one or CANDIDATES[0]) for one in forecasts[deepest][c][0][1 : end - c]]
-        run = rollouts.run([None] * (c + 1) + rows + [None] * (steps - end), range(c - 2))
-        distance = rollouts.distances(run)
+        plan, replayed = _alone(c, end, lag, boundaries[deepest], forecasts[deepest][c][0], steps)
+        distance = rollouts.distances(rollouts.run(plan, replayed))
         if end not in at:
             at.append(end)
             gains.append((distance[-1] / distance[end].clamp(min=1e-12)).numpy())

@@ -15,7 +15,7 @@ import torch
 from harness import accelerate, last_run, model_of, reused_steps
 from tiny import CASES, count_calls, sample
 
-from blockdance_core.forecast import FORECASTS
+from blockdance_core.forecast import FORECASTS, Forecast
 from blockdance_core.host import attach, profiling, rollout
 from blockdance_core.host.measured import parse_boundaries
 from blockdance_core.host.rollout import Prompt, Rollouts
@@ -150,6 +150,52 @@ def test_profile_measures_every_step_lag_and_boundary_and_says_so(node: Any) -> 
     assert report["seconds"] > 0
     with pytest.raises(dataclasses.FrozenInstanceError):
         measured.model = None
+
+
+def all_alike(forecast: Forecast, lags: int, steps: int = STEPS) -> Any:
+    """Forecasts for `measure`: the same for every step of every group."""
+    return [[[[None] + [forecast] * (profiling.LONGEST - 1)] * lags] * steps]
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("lag", [1, 2, 3])
+def test_groups_are_measured_with_the_features_of_the_steps_that_the_lag_says(
+    lag: int, order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollouts = Rollouts(model_of(CASE), prompt(steps=10))
+    sigmas = rollouts.full.record["sigmas"]
+    computed: list[int] = []
+    used = 0
+    run, weights = Rollouts.run, Forecast.weights
+
+    def spied_run(self: Rollouts, plan: Any, replayed: Any, **rest: Any) -> Any:
+        computed[:] = [k for k, row in enumerate(plan) if k not in replayed and not row]
+        return run(self, plan, replayed, **rest)
+
+    def spied_weights(self: Forecast, stored_at: Any, sigma: float) -> Any:
+        nonlocal used
+        used += 1
+        step = min(range(10), key=lambda k: abs(sigmas[k] - sigma))
+        before = sorted((k for k in computed if k < step), reverse=True)
+        assert before == [k for k in (before[0], before[0] - lag, before[0] - 2 * lag) if k >= 0]
+        assert list(stored_at[: order + 1]) == [sigmas[k] for k in before[: order + 1]]
+        return weights(self, stored_at, sigma)
+
+    monkeypatch.setattr(Rollouts, "run", spied_run)
+    monkeypatch.setattr(Forecast, "weights", spied_weights)
+    profiling.measure(rollouts, [7], all_alike(Forecast(True, order), 1, 10), [lag])
+    assert used > 20
+
+
+def test_history_makes_a_difference_at_every_lag_and_none_where_there_is_none() -> None:
+    lags = (1, 3)
+    held, led = (
+        profiling.measure(Rollouts(model_of(CASE), prompt()), [7], all_alike(Forecast(True, order), len(lags)), lags).errors
+        for order in (0, 1)
+    )
+    for _, c, i in profiling.groups(STEPS, 1, lags):
+        one, other = held[:, 0, c, i, 1], led[:, 0, c, i, 1]
+        assert (one == other).all() if c == 0 else (one != other).all(), (c, lags[i])
 
 
 def test_chained_nodes_make_one_profile_with_the_forecasts_of_the_first(node: Any) -> None:
