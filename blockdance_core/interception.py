@@ -296,8 +296,16 @@ def nbytes(feature: Feature) -> int:
 
 
 def sample(part: Tensor, most: int) -> Tensor:
-    """At most `most` values of a tensor, evenly spread over all channels: the stride has no factor of the last dimension."""
+    """Some of the values, evenly spread and from every channel, as a row; of the same shape always the same places.
+
+    Args:
+        part: A component of a feature, of any size.
+        most: So many values at most.
+    """
     stride = max(1, -(-part.numel() // most))
-    while part.ndim and math.gcd(stride, part.shape[-1]) > 1:
+    while part.ndim and math.gcd(stride, part.shape[-1]) > 1:  # else it would meet the same channels again and again
         stride += 1
-    return part.reshape(-1)[::stride]
+    if part.is_contiguous():
+        return part.view(-1)[::stride]
+    places = torch.arange(0, part.numel(), stride, device=part.device)
+    return part[torch.unravel_index(places, part.shape)]

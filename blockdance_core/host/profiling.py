@@ -16,7 +16,7 @@ from blockdance_core.calibration import CANDIDATES, Forecasts, Profile
 from blockdance_core.forecast import Forecast
 from blockdance_core.host.attach import KEY
 from blockdance_core.host.rollout import Rollouts
-from blockdance_core.interception import Block, Feature, Passage, cloned, intercept
+from blockdance_core.interception import Block, Feature, Passage, cloned, intercept, sample
 from blockdance_core.schedule import Plan, Reuse
 
 LAGS = (1, 2, 3, 4, 6)
@@ -42,7 +42,9 @@ def fit(rollouts: Rollouts, boundaries: Sequence[int], lags: Sequence[int] = LAG
         for c, (i, lag), j in itertools.product(range(steps), enumerate(lags), range(1, longest)):
             if c not in taken or c + j not in taken:
                 continue
-            history = [k for k in (c, c - lag, c - 2 * lag) if k in taken]
+            # Conditionings come and go in mid-run: what differs in size is of others.
+            alike = [k in taken and taken[k].shape == taken[c + j].shape for k in (c, c - lag, c - 2 * lag)]
+            history = [c, c - lag, c - 2 * lag][: [*alike, False].index(False)]
             for index, forecast in enumerate(CANDIDATES):
                 if forecast.order < len(history):
                     weights = forecast.weights([sigmas[k] for k in history], sigmas[c + j])
@@ -129,18 +131,22 @@ class _Recorder:
     """Keeps a sample of the residuals of some blocks; a visitor of `intercept`.
 
     Attributes:
-        taken: Residuals of a step, all calls in one row, by boundary and step.
+        taken: Residuals of a step's first evaluation, all calls in one row, by boundary and step.
     """
 
     def __init__(self, blocks: Sequence[Block], boundaries: Sequence[int]) -> None:
         self.blocks, self.boundaries = blocks, boundaries
         self.taken: dict[int, dict[int, Tensor]] = {boundary: {} for boundary in boundaries}
         self.step = 0
+        self._first: dict[int, int] = {}  # number of the first evaluation of each step
         self._input: Feature | None = None
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Watches one call of the model: a wrapper of the host's type APPLY_MODEL."""
-        self.step = args[5][KEY].step
+        session = args[5][KEY]
+        self.step = session.step
+        if self._first.setdefault(self.step, session.evaluations) != session.evaluations:
+            return executor(*args, **kwargs)
         with intercept(self.blocks, self, observe=self.boundaries):
             return executor(*args, **kwargs)
 
@@ -156,8 +162,7 @@ class _Recorder:
         parts = []
         for output, base in zip(passage.returned, layout(self._input), strict=True):
             if output is not None and base is not None and output.shape == base.shape:
-                residual = (output.float() - base.float()).flatten()
-                parts.append(residual[:: -(-residual.numel() // _SAMPLES)].cpu())
+                parts.append((sample(output, _SAMPLES).float() - sample(base, _SAMPLES).float()).cpu())
         if parts:
             taken = self.taken[index]
             taken[self.step] = torch.cat([*([taken[self.step]] if self.step in taken else []), *parts])

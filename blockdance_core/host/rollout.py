@@ -90,8 +90,9 @@ class Trajectory:
     """What happened in one run.
 
     Attributes:
-        entered: Latent at the first evaluation of each step, [B, ...]; behind them the result.
-        predicted: What the model predicted for every conditioning, one list for each time in each step that it was asked.
+        entered: Latent at the first evaluation of each step, [B, ...], on the CPU; behind them the result.
+        predicted: What the model predicted for every conditioning, one list for each time in each step that it was asked; on
+            the CPU.
         record: The run's figures.
     """
 
@@ -166,7 +167,7 @@ class Rollouts:
 
     def _sample(self, trajectory: Trajectory, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = executor(*args, **kwargs)
-        _reach(trajectory, self.steps, result)  # the host decodes its own result: this is the sampler's, and on its device
+        _reach(trajectory, self.steps, result)  # the host decodes its own result: this is the sampler's
         trajectory.predicted.pop()
         return result
 
@@ -189,25 +190,30 @@ class Rollouts:
         before = trajectory.predicted[step]
         if step not in replayed:
             predictions = list(executor(model, conds, x, timestep, model_options, *args))
-        elif len(before) < len(self.full.predicted[step]):
-            predictions = [one.clone() for one in self.full.predicted[step][len(before)]]
-        else:
+            before.append([_kept(one) for one in predictions])
+            return predictions
+        if len(before) >= len(self.full.predicted[step]):
             raise ValueError(f"The sampler {self.prompt.sampler} evaluates step {step} more often than in the full run: it "
                              "cannot be profiled. Choose another one.")
-        before.append([one.clone() for one in predictions])
-        return predictions
+        before.append(self.full.predicted[step][len(before)])
+        return [one.to(x.device, copy=True) for one in before[-1]]
 
     def distances(self, trajectory: Trajectory) -> Tensor:
         """Root mean square distance of every entered latent to the full run's, [steps seen, B], float64 on the CPU."""
         pairs = zip(trajectory.entered, self.full.entered, strict=False)
-        return torch.stack([(one.double() - other.double()).flatten(1).square().mean(1).sqrt() for one, other in pairs]).cpu()
+        return torch.stack([(one.double() - other.double()).flatten(1).square().mean(1).sqrt() for one, other in pairs])
 
     def errors(self, trajectory: Trajectory) -> Tensor:
         """Squared error of every result as a share of the variance of the full run's, [B], float64 on the CPU."""
-        return self.distances(trajectory)[-1].square() / self.full.result.double().flatten(1).var(1).cpu()
+        return self.distances(trajectory)[-1].square() / self.full.result.double().flatten(1).var(1)
 
 
 def _reach(trajectory: Trajectory, step: int, x: Tensor) -> None:
     while len(trajectory.predicted) <= step:
-        trajectory.entered.append(x.clone())
+        trajectory.entered.append(_kept(x))
         trajectory.predicted.append([])
+
+
+def _kept(value: Tensor) -> Tensor:
+    """A copy on the CPU: a run of a long video would fill the GPU. It is exact, so a replay of it is."""
+    return value.to("cpu", copy=True)

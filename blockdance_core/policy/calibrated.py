@@ -15,6 +15,8 @@ from blockdance_core.schedule import REUSE, Plan, Reuse, Schedule, Step, few_ste
 _SAME_LEVEL = 1e-3
 _ROUNDING = 1e-6
 _MAX_ORDER = 2
+_MOST = 1000
+"""A run's part of the noise schedule is not put in words where it is smaller than one in so many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +82,24 @@ class Calibrated:
         return k + (level - self.levels[k]) / (self.levels[k + 1] - self.levels[k])
 
     def whole(self, levels: Sequence[float]) -> float:
-        """How many steps a run would have over the whole noise schedule, if it went on as it does in its part."""
+        """How many steps a run would have over all calibrated levels, if it went on as it does in its part of them.
+
+        Next to none, if it has no part of them.
+        """
         share = (self.position(levels[-1]) - self.position(levels[0])) / self.steps
-        return (len(levels) - 1) / max(share, _ROUNDING)
+        low, high = self.levels[0], self.levels[-1]
+        inside = sum(
+            (min(end, high) - max(start, low)) / (end - start) if end > start else 1.0
+            for start, end in itertools.pairwise(levels) if start <= high and end >= low)
+        return max(inside / max(share, _ROUNDING), _ROUNDING)
+
+    def outside(self, start: float, end: float) -> bool:
+        """Whether a step starts outside the calibrated levels."""
+        return start < self.levels[0] - _SAME_LEVEL or end <= self.levels[0] or start >= self.levels[-1]
+
+    def uncalibrated(self, levels: Sequence[float]) -> int:
+        """How many steps of a run start outside the calibrated levels, and have an extent."""
+        return sum(self.outside(start, end) and end > start for start, end in itertools.pairwise(levels))
 
     def same(self, levels: Sequence[float]) -> bool:
         """Whether a run has exactly the calibrated steps."""
@@ -112,7 +129,8 @@ class Calibrated:
             levels: Shares of the noise schedule at the start of every step and at the end of the last, ascending.
 
         Returns:
-            One row a step. The first and the last are computed; of a run that begins part-way, the first two.
+            One row a step. The first and the last are computed; of a run that begins part-way, the first two; and every
+            one that starts outside the calibrated levels.
         """
         count = len(levels) - 1
         if self.same(levels):
@@ -129,7 +147,10 @@ class Calibrated:
         counts = list(itertools.accumulate(
             (min(factor * gain, 1.0) for gain in gains), initial=scale * passed[0] - _ROUNDING))
         lead = 2 if part_way(levels) else 1
-        computed = {k for k in range(count) if k < lead or k == count - 1 or math.ceil(counts[k]) < counts[k + 1]}
+        computed = {
+            k for k in range(count)
+            if k < lead or k == count - 1 or self.outside(*levels[k : k + 2]) or math.ceil(counts[k]) < counts[k + 1]
+        }
 
         def nearest(position: float) -> Reuse | None:
             return plan[min(reused, key=lambda j: abs(j - position))]
@@ -204,7 +225,7 @@ class SchedulePolicy:
         if few and not any(round(entry.whole(levels)) == entry.steps for entry in self.entries):
             return dataclasses.replace(full, warnings=(f"{few}: neighbouring steps differ too much, all computed",))
         entry = min(self.entries, key=lambda entry: (
-            entry.sampler != sampler, not entry.same(levels),
+            entry.sampler != sampler, not entry.same(levels), entry.uncalibrated(levels),
             round(abs(math.log(entry.whole(levels) / entry.steps)), 3), entry.departure(levels)))
         allowed = [index for index, cut in enumerate(entry.cuts) if cut <= 1 - 1 / group_size + _ROUNDING]
         plan = entry.plans[max(allowed, default=0)]
@@ -221,12 +242,15 @@ class SchedulePolicy:
 
     @staticmethod
     def _warnings(entry: Calibrated, levels: Sequence[float], sampler: str) -> tuple[str, ...]:
-        count, whole = len(levels) - 1, round(entry.whole(levels))
+        count, whole, outside = len(levels) - 1, round(entry.whole(levels)), entry.uncalibrated(levels)
+        if outside:
+            return (f"{outside} of {count} steps are at noise levels that {entry.sampler} with {entry.steps} steps was not "
+                    "calibrated for: they are computed, the others fitted by noise level",)
         if sampler == entry.sampler and whole == entry.steps:
             if entry.same(levels) or entry.departure(levels) <= _SAME_LEVEL:
                 return ()
             return (f"calibrated with the scheduler {entry.scheduler}, this run has other noise levels: fitted by noise level",)
-        part = f" (as {whole} over the whole noise schedule)" if whole != count else ""
+        part = f" (as {whole} over the whole noise schedule)" if whole != count and whole < _MOST * count else ""
         return (f"calibrated for {entry.steps} steps of {entry.sampler}, this run has {count}{part} of {sampler}: "
                 "fitted by noise level",)
 

@@ -200,6 +200,48 @@ def test_equal_levels_and_any_number_of_steps_are_fitted(steps: int) -> None:
     assert plan.steps[-1].decision == "compute"
 
 
+def dense(first: float, last: float) -> Calibrated:
+    """Twenty calibrated steps in a part of the noise schedule, as few of them computed as there can be."""
+    return entry(levels=tuple(even(20, first, last)), plans=(plan_of("C" + "r" * 18 + ".", FAST),), cuts=(0.4,), losses=(0.0,))
+
+
+@pytest.mark.parametrize(("first", "last"), [(0.5, 1.0), (0.0, 0.5), (0.25, 0.75)])
+@pytest.mark.parametrize("steps", [20, 33, 40])
+def test_steps_outside_the_calibrated_levels_are_computed(steps: int, first: float, last: float) -> None:
+    source, levels = dense(first, last), even(steps)
+    plan = at_speed(levels, 2, "euler", source)
+    beyond = [k for k in range(steps) if not first <= levels[k] < last]
+    assert all(plan.steps[k].decision != "reuse" for k in beyond)
+    within = [k for k in range(steps) if k not in beyond]
+    assert sum(plan.steps[k].decision == "reuse" for k in within) >= len(within) * 0.8
+    assert plan.warnings == (
+        f"{len(beyond)} of {steps} steps are at noise levels that euler with 20 steps was not calibrated for: they are "
+        "computed, the others fitted by noise level",)
+    assert source.whole(levels) == pytest.approx(steps * (last - first))
+
+
+@pytest.mark.parametrize("levels", [even(20, 0.0, 0.5), even(20, 0.0, 0.3), even(20, 0.5 - 1e-9, 0.5), even(1, 0.1, 0.2)])
+def test_run_without_any_calibrated_level_is_computed(levels: list[float]) -> None:
+    plan = at_speed(levels, 2, "euler", dense(0.5, 1.0))
+    assert computed(plan) == len(levels) - 1
+    assert "was not calibrated for" in plan.warnings[0] or "all computed" in plan.warnings[0] or "too few" in plan.warnings[0]
+    assert all("whole noise schedule" not in warning for warning in plan.warnings)
+
+
+@pytest.mark.parametrize("extent", [1e-3, 1e-6, 1e-9])
+def test_tiny_part_of_the_schedule_is_computed_and_not_put_in_absurd_numbers(extent: float) -> None:
+    plan = at_speed(even(20, 0.5, 0.5 + extent))
+    assert all("000 over the whole" not in warning for warning in plan.warnings)
+
+
+def test_of_two_parts_the_one_that_holds_the_run_is_taken() -> None:
+    late, early = dense(0.5, 1.0), dense(0.0, 0.5)
+    for levels in (even(15, 0.0, 0.5), even(15, 0.5, 1.0)):
+        plan = at_speed(levels, 2, "euler", late, early)
+        assert computed(plan) < 8
+        assert all("not calibrated" not in warning for warning in plan.warnings)
+
+
 # What is checked
 
 

@@ -99,6 +99,29 @@ def test_replayed_steps_leave_the_sampler_where_the_full_run_was(sampler: str, s
     assert rollouts.count == 3
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU"))])
+def test_what_is_kept_of_a_run_lies_on_the_cpu_and_is_replayed_as_it_was(device: str) -> None:
+    copied = rollout._kept(torch.ones(3, device=device))
+    assert copied.device.type == "cpu"
+    rollouts = Rollouts(model_of(CASE), prompt())
+    before = [one.clone() for one in rollouts.full.entered]
+    given: list[torch.Tensor] = []
+    original = Rollouts._predict
+
+    def written_into(*args: Any) -> Any:
+        given.extend(predictions := original(*args))
+        return predictions
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rollouts, "_predict", written_into)
+        run = rollouts.run([None] * STEPS, range(STEPS))
+    kept = [*run.entered, *(one for step in run.predicted for asked in step for one in asked)]
+    assert {one.device.type for one in kept} == {"cpu"}
+    assert not {one.data_ptr() for one in given} & {one.data_ptr() for one in kept}  # a sampler may write into what it gets
+    assert all(torch.equal(one, other) for one, other in zip(run.entered, before, strict=True))
+
+
 def test_full_run_is_what_the_hosts_sampler_gives(node: Any) -> None:
     for changes in ({}, {"denoise": 0.5}, {"noise_mask": torch.ones(1, 1, 8, 8).tril()}):
         rollouts = Rollouts(model_of(CASE), prompt(**changes))
@@ -196,6 +219,32 @@ def test_history_makes_a_difference_at_every_lag_and_none_where_there_is_none() 
     for _, c, i in profiling.groups(STEPS, 1, lags):
         one, other = held[:, 0, c, i, 1], led[:, 0, c, i, 1]
         assert (one == other).all() if c == 0 else (one != other).all(), (c, lags[i])
+
+
+@pytest.mark.parametrize("sampler", [
+    "heun", "dpm_2", "dpm_2_ancestral", "dpmpp_sde", "dpmpp_2s_ancestral", "seeds_2", "seeds_3", "heunpp2",
+])
+def test_samplers_that_evaluate_a_step_several_times_are_profiled(sampler: str, node: Any) -> None:
+    profile = node.execute(**inputs(sampler_name=sampler, steps=4)).result[0].profile
+    for v, c, i in profiling.groups(4, 1):
+        assert np.isfinite(profile.errors[:, v, c, i, : 3 - c]).all()
+    assert np.isfinite(profile.gains).all()
+
+
+def test_fit_compares_first_evaluations() -> None:
+    euler, heun = (profiling.fit(Rollouts(model_of(CASE), prompt(sampler, steps=4)), [7]) for sampler in ("euler", "heun"))
+    assert np.array_equal(np.isnan(euler), np.isnan(heun))
+    assert heun[0, 0, 0, 1, 0] == pytest.approx(euler[0, 0, 0, 1, 0], rel=0.5)
+
+
+def test_conditionings_that_come_and_go_are_profiled_and_never_compared(node: Any) -> None:
+    positive, negative = CASE.conds(model_of(CASE))
+    early, late = ([[one, {**rest, **share}] for one, rest in positive] for share in (
+        {"start_percent": 0.0, "end_percent": 0.5}, {"start_percent": 0.3, "end_percent": 1.0}))
+    changes = {"positive": [*early, *late], "negative": negative, "steps": 6}
+    assert np.isfinite(node.execute(**inputs(**changes)).result[0].profile.gains).all()
+    errors = profiling.fit(Rollouts(model_of(CASE), prompt(steps=6, positive=changes["positive"])), [7])[0, :, 0, 1, 0]
+    assert 0 < np.isnan(errors[:5]).sum() < 5
 
 
 def test_chained_nodes_make_one_profile_with_the_forecasts_of_the_first(node: Any) -> None:
