@@ -116,7 +116,7 @@ def measure(options: argparse.Namespace, name: str, made: dict[str, str]) -> tup
 
 
 HEADING = (
-    f"{'method':<27}{'setting':<16}{'DiT ms':>8}{'cut':>8}{'arithmetic':>12}{'by block time':>15}{'SSIM':>8}{'worst':>8}"
+    f"{'method':<27}{'setting':<16}{'DiT ms':>8}{'cut':>8}{'arithmetic':>12}{'by the clock':>15}{'SSIM':>8}{'worst':>8}"
     f"{'PSNR':>7}{'stored':>10}{'predicted':>10}"
 )
 
@@ -126,7 +126,7 @@ def row(point: dict[str, Any]) -> str:
     stored, predicted = ("-" if point.get(name) is None else point[name] for name in ("stored_bytes", "predicted_bytes"))
     return (
         f"{point['method']:<27}{point['setting']:<16}{point['dit_ms']:>8.0f}{point['cut']:>8.1%}{point['cut_arithmetic']:>12.1%}"
-        f"{point['cut_by_block_time']:>15.1%}{point['ssim']:>8.4f}{point['ssim_p10']:>8.4f}{point['psnr']:>7.1f}"
+        f"{point['cut_wall']:>15.1%}{point['ssim']:>8.4f}{point['ssim_p10']:>8.4f}{point['psnr']:>7.1f}"
         f"{stored:>10}{predicted:>10}"
     )
 

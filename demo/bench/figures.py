@@ -12,7 +12,7 @@ RESAMPLES = 10_000
 PSNR_CAP = 100.0
 """Decibel that stand for the infinite PSNR of equal pictures."""
 MARGIN = 0.005
-"""A cut counts as at least another one's where it is lower by no more than this: timing repeats no better."""
+"""A cut counts as at least another one's where it is lower by no more than this."""
 
 
 class Goal(NamedTuple):

@@ -25,7 +25,7 @@ def _point(method: str, cut: float, ssim: list[float], **more) -> dict:
     mean = sum(ssim) / len(ssim)
     return {
         "model": "sd3-mini", "method": method, "setting": "N=2", "steps": 20, "sampler": "euler", "cut": cut, "ssim": mean,
-        "cut_arithmetic": cut, "cut_by_block_time": cut, "ssim_interval": [mean, mean], "ssim_p10": min(ssim), "psnr": 40.0,
+        "cut_arithmetic": cut, "cut_wall": cut, "ssim_interval": [mean, mean], "ssim_p10": min(ssim), "psnr": 40.0,
         "latent_l2": 0.01, "stored_bytes": 2048, "n": len(ssim), "prompt_ssim": ssim, "prompt_psnr": [40.0] * len(ssim),
         "scheduler": "simple", "cfg": 4.5, "split": "test", "difficulty": "mixed", "seed": 0, "batch": 2, "threads": 1,
         "command": "python dev.py bench", **more,
@@ -131,8 +131,8 @@ def test_mean_ms_gives_each_call_the_median_of_its_kind() -> None:
     assert runner.mean_ms(runs) == (11 + 2 + 11 + 11) / 2
     full = [run((1, 10.0), (1, 10.0)), run((1, 10.0), (1, 10.0))]
     cuts = runner.cuts([run((0, 5.0)), run((1, 10.0))], full, [0.8])
-    assert (cuts["cut"], cuts["cut_arithmetic"]) == (1 - 7.5 / 20, 0.75)
-    assert cuts["cut_by_block_time"] == pytest.approx(1 - 0.8 / 4 - 0.2 / 2)
+    assert (cuts["cut_wall"], cuts["cut_arithmetic"]) == (1 - 7.5 / 20, 0.75)
+    assert cuts["cut"] == pytest.approx(1 - 0.8 / 4 - 0.2 / 2)
 
 
 def _data() -> dict:
