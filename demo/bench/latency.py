@@ -48,6 +48,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         lines.append(
             f"| {row['model']} | {row['method']} {row['setting']} | {row['batch']} | {row['steps']} | {row['scale']:g}x | "
-            f"{row['full_dit_ms']:.0f} | {row['dit_ms']:.0f} | {row['cut']:.1%} | {row['cut_arithmetic']:.1%} |"
+            f"{row['full_dit_ms']:.0f} | {row['dit_ms']:.0f} | {row['cut_wall']:.1%} | {row['cut_arithmetic']:.1%} |"
         )
     return "\n".join(lines)
