@@ -82,14 +82,18 @@ def _preset(name: str) -> Method:
 
 def calibrated(case: Case) -> Iterator[Setting]:
     """Every level of the model's policy file that was found for this sampler and number of steps."""
-    from blockdance_core import policy
+    import comfy.samplers
 
+    from blockdance_core import policy
+    from blockdance_core.host.attach import sampler_name
+
+    sampler = sampler_name(comfy.samplers.sampler_object(case.sampler))  # ddim, for one, is the function of euler
     path = POLICIES / f"{case.name}.safetensors"
     if not path.is_file() or not hasattr(policy, "load"):
         log.warning("ours-calibrated is left out: there is no %s", path)
         return
     for entry in policy.load(path).entries:
-        if (entry.sampler, entry.steps) == (case.sampler, case.steps):
+        if (entry.sampler, entry.steps) == (sampler, case.steps):
             for cut, plan in zip(entry.cuts, entry.plans, strict=True):
                 yield Setting(f"cut={cut:.3f}", planned(tuple(plan)))
 
