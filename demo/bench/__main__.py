@@ -62,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launcher.enter(*(() if torch.cuda.is_available() else ("--cpu",)))
     torch.set_num_threads(options.threads)
     logging.getLogger().setLevel(logging.WARNING)
-    given = sys.argv[1:] if arguments is None else arguments
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for name in ("--json", "--resume"):  # where files lie on this machine is of no interest to others
+        if name in given:
+            del given[given.index(name) : given.index(name) + 2]
     command, place = shlex.join(["python", "dev.py", "bench", *given]), environment(options)
     about = {"command": command, "environment": place}
     found: dict[str, Any]
