@@ -143,7 +143,7 @@ def _data() -> dict:
     }
     row = {
         "model": "sd3-mini", "method": "ours-auto", "setting": "N=2", "batch": 1, "steps": 20, "scale": 1.0,
-        "full_dit_ms": 10.0, "dit_ms": 5.0, "cut": 0.5, "cut_arithmetic": 0.5,
+        "full_dit_ms": 10.0, "dit_ms": 5.0, "cut": 0.5, "cut_wall": 0.5, "cut_arithmetic": 0.5,
     }
     return {
         "command": "python dev.py bench", "environment": place, "models": {"sd3-mini": {"inactive_share": 0.001}},
