@@ -56,6 +56,10 @@ class Profile:
         """Number of steps of the run."""
         return int(self.gains.shape[1]) - 1
 
+    def nearest(self, lag: int) -> int:
+        """The index of the measured lag that is nearest."""
+        return min(range(len(self.lags)), key=lambda i: abs(self.lags[i] - lag))
+
     def losses(self) -> np.ndarray:
         """Mean squared error at the end of the run that each group causes, [V, steps, lags, longest]."""
         steps, longest = self.errors.shape[2], self.errors.shape[4]
@@ -152,7 +156,6 @@ def front(profile: Profile, lead: int = 1) -> list[Found]:
     steps, longest = profile.steps, profile.errors.shape[4]
     losses = np.nan_to_num(profile.losses(), nan=np.inf, posinf=np.inf)
     costs = [max(1, round(cost * _UNIT)) for cost in profile.costs]
-    nearest = [min(range(len(profile.lags)), key=lambda i: abs(profile.lags[i] - lag)) for lag in range(longest + 1)]
     budgets = steps * _UNIT + 1
     # best[c, lag, b]: least loss of arriving at the computed step c with b spent, the one before it `lag` earlier
     best = np.full((steps + 1, longest + 1, budgets), np.inf)
@@ -168,7 +171,7 @@ def front(profile: Profile, lead: int = 1) -> list[Found]:
                     continue
                 for way in range(len(costs)) if size > 1 else (-1,):
                     spent = _UNIT + (costs[way] * (size - 1) if size > 1 else 0)
-                    loss = losses[way, c, nearest[max(lag, 1)], size - 1] if size > 1 else 0.0
+                    loss = losses[way, c, profile.nearest(lag), size - 1] if size > 1 else 0.0
                     there, arrived = best[c + size, size], np.full(budgets, np.inf)
                     arrived[spent:] = here[: budgets - spent] + loss
                     better = arrived < there
@@ -205,8 +208,7 @@ def plan_of(profile: Profile, groups: Sequence[tuple[int, int, int]]) -> Plan:
     rows: list[Reuse | None] = []
     lag = 1
     for c, size, way in groups:
-        nearest = min(range(len(profile.lags)), key=lambda i: abs(profile.lags[i] - lag))
-        forecasts = profile.forecasts[way][c][nearest]
+        forecasts = profile.forecasts[way][c][profile.nearest(lag)]
         reused = [forecasts[min(j, len(forecasts) - 1)] or Forecast(True) for j in range(1, size)]
         rows += [None, *(Reuse(profile.boundaries[way], forecast) for forecast in reused)]
         lag = size

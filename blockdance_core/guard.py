@@ -18,9 +18,6 @@ from torch import Tensor
 from blockdance_core.forecast import Forecast
 from blockdance_core.interception import Feature, sample
 
-QUALITIES = {"off": math.inf, "near-lossless": 0.15, "balanced": 0.25, "draft": 0.4}
-"""Largest error of a forecast that is injected: a share of what the blocks contribute (root mean square), in units of what
-a step accepts (`host.levels.accepted_errors`). Measured: docs/benchmarks.md."""
 _SAMPLES = 1 << 15
 """Values that a stream is judged by, at most."""
 ORDERS = (0, 1, 2)
@@ -88,7 +85,7 @@ class Guard:
     """Says for each step whether it may reuse, and with which forecast. Lives as long as a run.
 
     Args:
-        tolerance: Largest error that is accepted, see `QUALITIES`.
+        tolerance: Largest error that is accepted, see `config.QUALITIES`.
         kept: Features kept of a stream: a forecast has at most one order less.
         accepted: How much of the tolerance an error may take, for each step.
         lead: So many steps at the beginning are computed.

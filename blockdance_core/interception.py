@@ -294,7 +294,6 @@ def nbytes(feature: Feature) -> int:
     return sum(0 if part is None else part.numel() * part.element_size() for part in feature)
 
 
-
 def sample(part: Tensor, most: int) -> Tensor:
     """Some of the values, evenly spread and from every channel, as a row; of the same shape always the same places.
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from blockdance_core import families
-from blockdance_core.config import Config, Effective, resolve
-from blockdance_core.guard import ORDERS, QUALITIES, Guard
+from blockdance_core.config import QUALITIES, Config, Effective, resolve
+from blockdance_core.guard import ORDERS, Guard
 from blockdance_core.interception import intercept, taps
 from blockdance_core.schedule import COMPUTE, REUSE, Schedule, Step, build
 from blockdance_core.streams import FeatureCache

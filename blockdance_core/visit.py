@@ -224,7 +224,7 @@ class Visit:
                 self.fallbacks.append(reason)
             else:
                 self.stored = True
-                self._watch(index, key, chunk(output), None if base is None else chunk(base))
+                self._watch(index, key, chunk(output), chunk(base) if entry.anchored and base is not None else None)
                 if self.state.cache.anchored and not entry.anchored:
                     self.warnings.append("block 0's input does not fit the boundary block's output: forecast 'hold' is used")
 

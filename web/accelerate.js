@@ -39,7 +39,7 @@ export class AccelerateView {
 
     for (const widget of node.widgets) {
       chain(widget, "callback", () => this.#settingsChanged());
-      if (["preset", ...PRESET_WIDGETS].includes(widget.name)) this.overridable.set(widget, widget.label ?? widget.name);
+      if (["preset", ...PRESET_WIDGETS, "quality"].includes(widget.name)) this.overridable.set(widget, widget.label ?? widget.name);
     }
 
     this.headline = element("div", "blockdance-headline");
@@ -123,14 +123,26 @@ export class AccelerateView {
 
   /** Disable what preset or policy override and put the value in force into the label. Saved values stay as they are. */
   #markInactive() {
-    const preset = this.#value("preset");
     for (const [widget, ownLabel] of this.overridable) {
       const label = this.#slot(widget.name)?.label ?? ownLabel; // the slot has a label where the user renamed it
-      const byPreset = widget.name !== "preset" && (preset === "auto" || preset === "paper");
-      const value = this.#hasPolicy() ? "policy" : byPreset ? (this.#inForce(widget.name) ?? preset) : undefined;
+      const value = widget.name === "quality" ? this.#withoutQuality() : this.#overriding(widget.name);
       widget.disabled = value !== undefined;
       widget.label = value === undefined ? label : `${label} (${value})`;
     }
+  }
+
+  /** @param {string} name @returns {string | undefined} what decides in place of a widget, or the value in force */
+  #overriding(name) {
+    const preset = this.#value("preset");
+    if (this.#hasPolicy()) return "policy";
+    return name !== "preset" && (preset === "auto" || preset === "paper") ? (this.#inForce(name) ?? preset) : undefined;
+  }
+
+  /** The guard watches forecasts: `off` where none is made. */
+  #withoutQuality() {
+    const preset = this.#value("preset");
+    const none = preset === "paper" || (preset === "custom" && this.#value("forecast") === "hold");
+    return none && !this.#hasPolicy() ? "off" : undefined;
   }
 
   /** @param {string} name @returns {string | undefined} */

@@ -102,7 +102,7 @@ def guarded(case: Case) -> Iterator[Setting]:
     """The online guard at each quality and at other tolerances; nothing of it is calibrated."""
     from blockdance_core.config import QUALITIES
 
-    for quality in QUALITIES[1:]:
+    for quality in list(QUALITIES)[1:]:
         yield Setting(quality, attached(quality=quality))
     for tolerance in TOLERANCES:
         yield Setting(f"tolerance={tolerance:g}", attached(quality="draft", tolerance=tolerance))

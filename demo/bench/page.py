@@ -270,10 +270,11 @@ def _section(group: Group) -> Iterator[str]:
 
 
 def _tails(policies: Mapping[str, SchedulePolicy]) -> Iterator[str]:
-    """How often calibration lets the blocks behind the boundary live, rather than skip all."""
+    """How often calibration lets the blocks behind the boundary live, where it had the choice."""
     found = [
         (f"{model}, {entry.steps} steps of {entry.sampler}", entry.cuts, _kept(entry, policy.depth))
         for model, policy in sorted(policies.items()) for entry in policy.entries
+        if len(policy.record.get("calibrations", {}).get(entry.key, {}).get("boundaries", ())) > 1
     ]
     if not found:
         return
@@ -282,7 +283,8 @@ def _tails(policies: Mapping[str, SchedulePolicy]) -> Iterator[str]:
     fast = _sum(level for _, _, levels in found for level in levels[len(levels) // 2 :])
     kept, reused = _sum((slow, fast))
     yield (
-        f"Where it may choose, calibration lets a tail of blocks behind the boundary run in {kept} of {reused} reuse steps: in "
+        "Where it was offered more than the last block, calibration lets a tail of blocks behind the boundary run in "
+        f"{kept} of {reused} reuse steps: in "
         f"{_share(slow)} of those of the slower half of each model's levels, and in {_share(fast)} of those of the faster half."
     )
     yield ""

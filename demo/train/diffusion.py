@@ -55,6 +55,8 @@ class Recipe:
         muon_rate: Full rate of the blocks' matrices: lower where a block's gates begin open.
         text_rate: Rate of all that comes before the captions' way into the blocks, as a share of AdamW's: low where that
             way is a cross-attention alone, else captions are silenced before the blocks have learned to listen.
+        opening: Share of the steps on clips of the first few frames alone, as many as one row of tokens holds, and as many
+            more of them: pictures are learned before long motion, at the same cost a step.
         spread: Mean and deviation of log(sigma / (1 - sigma)), where sigma is the share of noise in a training sample.
     """
 
@@ -64,13 +66,14 @@ class Recipe:
     ease: tuple[float, float] = (0.0, 0.0)
     muon_rate: float = 0.02
     text_rate: float = 1.0
+    opening: float = 0.0
     spread: tuple[float, float] = (0.0, 1.0)
 
 
 RECIPES = {
     "sd3-mini": Recipe(steps=4500),
     "pixart-mini": Recipe(steps=6500, ease=(0.3, 0.6), muon_rate=0.01, text_rate=0.1, spread=(0.4, 1.2)),
-    "wan-mini": Recipe(batch=32, steps=4500, muon_rate=0.01, text_rate=0.1, spread=(0.4, 1.0)),
+    "wan-mini": Recipe(batch=32, steps=4200, muon_rate=0.01, text_rate=0.1, opening=0.6, spread=(0.4, 1.0)),
 }
 
 
@@ -129,16 +132,21 @@ class Data:
         self.architecture = architecture
         self.recipe = recipe
         self.seed = seed
+        self.rows = architecture.frames // architecture.unet_config["patch_size"][0] if architecture.moving else 1
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.autoencoder = autoencoder.Autoencoder()
         self.autoencoder.load_state_dict(torch.load(folder / "autoencoder.pt", weights_only=True))
         self.autoencoder.to(self.device).eval().requires_grad_(False)
 
-    def __call__(self, step: int, shard: int, count: int, split: str = "train") -> tuple[torch.Tensor, ...]:
-        """x0 ``[B, C, (F,) H, W]``, word ids ``[B, P, A]``, noise like x0, share of noise ``[B]`` in 0..1."""
+    def __call__(self, step: int, shard: int, count: int, split: str = "train", brief: bool = False) -> tuple[torch.Tensor, ...]:
+        """x0 ``[B, C, (F,) H, W]``, word ids ``[B, P, A]``, noise like x0, share of noise ``[B]`` in 0..1.
+
+        Brief clips have the frames of one row of tokens, and B is as many times larger as that.
+        """
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 64 + shard)
+        rows = self.rows if brief else 1
+        frames, count = self.architecture.frames // rows, count * rows
         drawn = scenes.draw(count, generator, split, self.architecture.moving)
-        frames = self.architecture.frames
         clips = renderer.render_clips(drawn.scenes, generator, frames, self.architecture.size).to(self.device) * 2 - 1
         latent = self.autoencoder.encode(clips.flatten(0, 1))
         x0 = self.architecture.pack(latent.unflatten(0, (count, frames))).contiguous()
@@ -250,6 +258,7 @@ class Run:
         self.trainee = Trainee(architecture).to(self.device)
         self.data = Data(architecture, options.autoencoder, self.recipe, options.seed)
         self.loss = objective_of(architecture)
+        self.opening = round(self.recipe.opening * self.recipe.steps)
         self.record = {
             "name": options.name,
             **dataclasses.asdict(self.recipe),
@@ -330,7 +339,8 @@ class Run:
             rate = rate_at(self.step, self.recipe.steps, self.recipe.decay)
             loss = torch.zeros(())
             for shard in shards:
-                error = self._error(self.data(self.step, shard, self.recipe.batch // SHARDS)) / SHARDS
+                brief = self.step < self.opening
+                error = self._error(self.data(self.step, shard, self.recipe.batch // SHARDS, brief=brief)) / SHARDS
                 error.backward()
                 self.masters.gather()
                 loss += error.detach().cpu()
@@ -376,7 +386,7 @@ class Run:
         self.masters.publish()
         row = {
             "step": self.step,
-            "samples": self.step * self.recipe.batch,
+            "samples": self._samples(self.step),
             "seconds": round(self.seconds),
             "rate": round(rate, 4),
             "loss": round(sum(losses) / len(losses), 5),
@@ -384,11 +394,13 @@ class Run:
             "gradient": round(gradient, 4),
         }
         self.log.append(row)
-        logger.info("%s  %.1f samples/s", row, len(losses) * self.recipe.batch / (self.seconds - self._previous()))
+        before = self.log[-2] if len(self.log) > 1 else {"samples": 0, "seconds": 0.0}
+        logger.info("%s  %.1f samples/s", row, (row["samples"] - before["samples"]) / (self.seconds - before["seconds"]))
         self.save()
 
-    def _previous(self) -> float:
-        return self.log[-2]["seconds"] if len(self.log) > 1 else 0.0
+    def _samples(self, step: int) -> int:
+        """Samples seen after a step: in the opening there are more in a batch."""
+        return (step + (self.data.rows - 1) * min(step, self.opening)) * self.recipe.batch
 
 
 def _compiler_works() -> bool:

@@ -27,10 +27,10 @@ def test_node_before_a_run_shows_one_line(page: NodePage) -> None:
     assert box is not None and box["height"] < 80
 
 
-@pytest.mark.parametrize("preset", ["auto", "paper"])
-def test_preset_disables_what_it_sets_and_keeps_values(page: NodePage, preset: str) -> None:
+@pytest.mark.parametrize(("preset", "inactive"), [("auto", SET_BY_PRESET), ("paper", (*SET_BY_PRESET, "quality"))])
+def test_preset_disables_what_it_sets_and_keeps_values(page: NodePage, preset: str, inactive: tuple[str, ...]) -> None:
     page.load(accelerate(preset=preset))
-    assert disabled(page) == SET_BY_PRESET
+    assert disabled(page) == inactive
     assert [widget["value"] for widget in page.widgets(1).values()] == [True, preset, *VALUES[2:]]
     assert page.widgets(1)["boundary"]["label"] == f"boundary ({preset})"
 
@@ -41,9 +41,12 @@ def test_preset_chosen_by_hand_enables_and_disables(page: NodePage) -> None:
     assert page.widgets(1)["preset"]["value"] == "custom"
     assert disabled(page) == ()
     assert page.widgets(1)["start_percent"]["label"] == "start"
+    page.choose(1, "forecast", "hold")
+    assert disabled(page) == ("quality",), "hold makes no forecast that could be watched"
+    assert page.widgets(1)["quality"]["label"] == "quality (off)"
     page.choose(1, "preset", "paper")
-    assert disabled(page) == SET_BY_PRESET
-    assert [widget["value"] for widget in page.widgets(1).values()] == [True, "paper", *VALUES[2:]]
+    assert disabled(page) == (*SET_BY_PRESET, "quality")
+    assert [widget["value"] for widget in page.widgets(1).values()] == [True, "paper", *VALUES[2:7], "hold", *VALUES[8:]]
 
 
 def test_status_effective_values_appear_in_panel_and_labels(page: NodePage) -> None:

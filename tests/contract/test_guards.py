@@ -9,6 +9,8 @@ import torch
 from harness import STEPS, accelerate, every_case, every_family, last_run, model_of, reused_steps, runs
 from tiny import CASES, Case, count_calls, sample
 
+from blockdance_core import streams
+
 pytestmark = pytest.mark.smoke
 FIRST_CALL = {"the model keeps the keys and values of the prompt in this call"}
 GUARDED = {"preset": "auto", "quality": "draft", "group_size": 2}
@@ -71,6 +73,15 @@ def test_guard_turns_planned_reuse_into_compute_and_what_it_computes_serves_the_
     assert reused_steps(last_run(loose)) == [5, 6, 8], "a line has been measured from the third step on"
     assert reused_steps(last_run(free)) == [4, 5, 6, 8]
     assert "cache" in last_run(strict)["decisions"]
+
+
+def test_residual_that_does_not_fit_its_input_is_not_watched_and_never_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["sd3"]
+    monkeypatch.setattr(streams, "_fits", lambda *_: False)
+    accelerated = accelerate(model_of(case), **GUARDED, tolerance=math.inf)
+    assert torch.equal(sample(accelerated, case, steps=STEPS), sample(model_of(case), case, steps=STEPS))
+    assert reused_steps(last_run(accelerated)) == []
+    assert any("cannot be watched" in text for text in last_run(accelerated)["warnings"])
 
 
 @every_family

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from blockdance_core.guard import QUALITIES, Guard
+from blockdance_core.config import QUALITIES
+from blockdance_core.guard import Guard
 
 STEPS = 12
 

@@ -245,13 +245,19 @@ def test_page_counts_the_reuse_steps_that_keep_a_tail() -> None:
 
     tail, last = Reuse(2, FORECASTS["hold"]), Reuse(3, FORECASTS["hold"])
     plans = ((None, tail, None, None), (None, tail, None, last, None, last, None), (None, None))
-    entry = SimpleNamespace(sampler="euler", steps=7, cuts=(0.2, 0.4, 0.0), plans=plans)
-    text = page.render(_data(), {"some": SimpleNamespace(depth=4, entries=[entry])})
+    entry = SimpleNamespace(key="euler simple 7", sampler="euler", steps=7, cuts=(0.2, 0.4, 0.0), plans=plans)
+
+    def policies(*boundaries: int) -> dict:
+        record = {"calibrations": {entry.key: {"boundaries": boundaries}}}
+        return {"some": SimpleNamespace(depth=4, entries=[entry], record=record)}
+
+    text = page.render(_data(), policies(2, 3))
     assert "## When the tail of live blocks pays" in text
     assert "in 2 of 4 reuse steps: in 100% of those of the slower half of each model's levels, and in 33% of" in text
     assert "| some, 7 steps of euler: cut | 20.0% | 40.0% | 0.0% |\n|---|---|---|---|\n" in text
     assert "| reuse steps with a tail | 100% | 33% | - |" in text
     assert "When the tail" not in page.render(_data(), {})
+    assert "When the tail" not in page.render(_data(), policies(3)), "it had no choice"
 
 
 def test_prompts_are_of_the_test_split_half_easy_half_hard() -> None:

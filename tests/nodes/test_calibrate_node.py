@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import folder_paths
 import pytest
 from harness import last_run, model_of
 from tiny import CASES, sample
@@ -22,16 +20,6 @@ from blockdance_core.policy import PolicyError, load
 
 CASE = CASES["sd3"]
 STEPS = 8
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The only folder of policy files; it does not exist yet."""
-    place = tmp_path / "models" / "blockdance"
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "blockdance", ([str(place)], {".safetensors"}))
-    monkeypatch.delitem(folder_paths.filename_list_cache, "blockdance", raising=False)
-    yield place
-    folder_paths.filename_list_cache.pop("blockdance", None)
 
 
 @pytest.fixture(scope="module")

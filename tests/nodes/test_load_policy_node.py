@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,6 @@ ROWS = tuple(Reuse(3, FORECASTS["delta"]) if letter == "r" else None for letter 
 def policy(**changes: Any) -> SchedulePolicy:
     one = Calibrated("euler", "simple", tuple(k / STEPS for k in range(STEPS + 1)), (ROWS,), (0.2,), (0.0,))
     return SchedulePolicy(**{"name": "tiny", "family": "SD3", "depth": 8, "entries": (one,), **changes})
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The only folder of policy files; it does not exist yet."""
-    place = tmp_path / "models" / "blockdance"
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "blockdance", ([str(place)], {".safetensors"}))
-    monkeypatch.delitem(folder_paths.filename_list_cache, "blockdance", raising=False)
-    yield place
-    folder_paths.filename_list_cache.pop("blockdance", None)
 
 
 @pytest.fixture
