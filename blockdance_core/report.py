@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from blockdance_core.schedule import CACHE, REUSE
-from blockdance_core.session import ModelState, Session
+from blockdance_core.session import Choice, ModelState, Session
 
 SCHEMA_VERSION = 1
 
@@ -25,11 +25,14 @@ def run_record(session: Session, *, completed: bool = True) -> dict[str, Any]:
         `schema_version`, `completed`, `steps`, `sigmas`, `evaluations`, `window`, `decisions`, `boundary`, `blocks_total`,
         `blocks_run` (per run of the model, mean over a step), `block_runs` and `block_runs_full` (of the whole run, and of one
         that skips none), `calls`, `reused_steps`, `reused_calls`, `fallbacks`,
-        `dit_ms`, `cached_bytes` (peak), `predicted_bytes`, `cut_arithmetic`, `model_family`, `warnings`, `config`.
+        `dit_ms`, `cached_bytes` (peak), `predicted_bytes`, `cut_arithmetic`, `model_family`, `warnings`, `config`, and
+        `adaptive`: null, or what an adaptive policy decided: `step`, `milliseconds`, for every sample its `decisions` (a
+        letter a step: C computes, R reuses) and for every part of the batch that went on by itself its `samples`.
     """
     steps = len(session.figures)
     state: ModelState | None = next(iter(session.models.values()), None)
     decisions = [session.decision(step) for step in range(steps)]
+    shown = state.parts[0] if state and state.parts else state
     depth = len(state.blocks) if state else 0
     blocks_run = [_plain(figures.blocks / figures.passes) if figures.passes else 0 for figures in session.figures]
     block_runs, full = (sum(getattr(figures, name) for figures in session.figures) for name in ("blocks", "depth"))
@@ -39,10 +42,10 @@ def run_record(session: Session, *, completed: bool = True) -> dict[str, Any]:
         "steps": steps,
         "sigmas": [sigma if math.isfinite(sigma) else None for sigma in session.sigmas],
         "evaluations": session.evaluations,
-        "window": _window(state.schedule.window if state else (), steps),
+        "window": _window(shown.schedule.window if shown else (), steps),
         "decisions": decisions,
         "boundary": [
-            state.schedule.steps[step].boundary if state and decision != "compute" and state.active else None
+            shown.schedule.steps[step].boundary if shown and decision != "compute" and shown.active else None
             for step, decision in enumerate(decisions)
         ],
         "blocks_total": depth,
@@ -52,12 +55,13 @@ def run_record(session: Session, *, completed: bool = True) -> dict[str, Any]:
         "reused_calls": sum(figures.reused for figures in session.figures),
         "fallbacks": dict(session.fallbacks),
         "dit_ms": [round(value, 3) for value in session.stopwatch.milliseconds(steps)],
-        "cached_bytes": sum(model.cache.peak_bytes for model in session.models.values()),
+        "cached_bytes": sum(model.peak_bytes for model in session.models.values()),
         "predicted_bytes": sum(model.predicted_bytes for model in session.models.values()),
         "block_runs": block_runs,
         "block_runs_full": full,
         "cut_arithmetic": _cut(block_runs, full),
         "model_family": state.family.name if state else None,
+        "adaptive": _adaptive(session.choice),
         "warnings": list(session.warnings),
         "config": (state.effective.as_dict() if state else {}) | {"enabled": session.config.enabled},
     }
@@ -69,7 +73,8 @@ def empty_record(reason: str) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION, "completed": False, "steps": 0, "sigmas": [], "evaluations": 0,
         "window": _window((), 0), "decisions": [], "boundary": [], "blocks_total": 0, "blocks_run": [], "calls": [],
         "reused_steps": 0, "reused_calls": 0, "fallbacks": {}, "dit_ms": [], "cached_bytes": 0, "predicted_bytes": 0,
-        "block_runs": 0, "block_runs_full": 0, "cut_arithmetic": 0.0, "model_family": None, "warnings": [reason], "config": {},
+        "block_runs": 0, "block_runs_full": 0, "cut_arithmetic": 0.0, "model_family": None, "adaptive": None,
+        "warnings": [reason], "config": {},
     }
 
 
@@ -137,6 +142,16 @@ def _window(inside: Sequence[int], steps: int) -> dict[str, Any]:
 
 def _cut(block_runs: int, full: int) -> float:
     return round(1 - block_runs / full, 4) if full else 0.0
+
+
+def _adaptive(choice: Choice | None) -> dict[str, Any] | None:
+    if choice is None:
+        return None
+    return {
+        "step": choice.step, "milliseconds": round(choice.milliseconds, 3),
+        "decisions": ["".join("R" if step.decision == REUSE else "C" for step in one.steps) for one in choice.schedules],
+        "parts": [{"samples": list(samples)} for samples, _ in choice.parts],
+    }
 
 
 def _plain(value: float) -> float:

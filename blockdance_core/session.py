@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import threading
-from collections import Counter, defaultdict
+import time
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +19,8 @@ from blockdance_core import families
 from blockdance_core.config import QUALITIES, Config, Effective, resolve
 from blockdance_core.guard import ORDERS, Guard
 from blockdance_core.interception import intercept, taps
+from blockdance_core.policy import AdaptivePolicy
+from blockdance_core.policy.network import Sight
 from blockdance_core.schedule import COMPUTE, REUSE, Schedule, Step, build
 from blockdance_core.streams import FeatureCache
 from blockdance_core.timing import Stopwatch
@@ -23,6 +28,8 @@ from blockdance_core.visit import CallInfo, Moment, Visit
 
 _LEAD = 1 / 8
 """Share of the steps that are computed first where nothing but the guard decides."""
+_LOST = 0.1
+"""What a call of a part of the batch costs more than its share, as a share of the whole call: then splitting may not pay."""
 _LIMIT = 4
 """Stored bytes never exceed this many times the prediction, however many streams turn up later."""
 
@@ -37,6 +44,44 @@ class StepFigures:
     stored: int = 0
     blocks: int = 0
     depth: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What an adaptive policy decided.
+
+    Attributes:
+        step: Where it looked.
+        schedules: What it wants of each sample.
+        parts: Samples that go on together, with their schedule; one part where splitting would cost more than it saves.
+        milliseconds: What looking and deciding took.
+    """
+
+    step: int
+    schedules: tuple[Schedule, ...]
+    parts: tuple[tuple[tuple[int, ...], Schedule], ...]
+    milliseconds: float
+
+
+def parts_of(schedules: Sequence[Schedule], depth: int, together: bool) -> tuple[tuple[tuple[int, ...], Schedule], ...]:
+    """Which samples go on together.
+
+    Args:
+        schedules: What is wanted of each sample.
+        depth: Number of blocks.
+        together: Whether they have to.
+
+    Returns:
+        The samples of each part, with its schedule. As one, all do what saves least.
+    """
+    wanted: dict[Schedule, list[int]] = {}
+    for sample, schedule in enumerate(schedules):
+        wanted.setdefault(schedule, []).append(sample)
+    careful = min(wanted, key=lambda schedule: schedule.cut(depth))
+    apart = sum(len(rows) / len(schedules) * (1 - schedule.cut(depth)) for schedule, rows in wanted.items())
+    if together or apart + _LOST * (len(wanted) - 1) >= 1 - careful.cut(depth):
+        return ((tuple(range(len(schedules))), careful),)
+    return tuple((tuple(rows), schedule) for schedule, rows in wanted.items())
 
 
 def planned(config: Config, effective: Effective, levels: Sequence[float], sampler: str) -> Schedule:
@@ -76,7 +121,7 @@ class ModelState:
         self.placed = False
         self.group: int | None = None
         self.group_starts = [0, 0]
-
+        self.parts: list[ModelState] = []
         self.tapped = self.taps(*self.schedule.boundaries)
 
     @property
@@ -90,8 +135,7 @@ class ModelState:
 
     def streams_of(self, info: CallInfo) -> CallInfo:
         """The same call; as one stream, where the model's samples cannot be told apart."""
-        apart = self.blocks[0].batch_dim is not None or not info.streams
-        return info if apart else info._replace(streams=(info.streams,), rows=1)
+        return info if self.apart or not info.streams else info._replace(streams=(info.streams,), rows=1)
 
     def enter(self, group: int | None, step: int) -> None:
         """A call of `group` begins; at the start of a new one, streams unseen for the whole group before are dropped."""
@@ -104,8 +148,49 @@ class ModelState:
         """Orders of the forecast that the guard may choose from: a plan that was made by someone keeps its own."""
         return ORDERS if self.open or plan.forecast is None else (plan.forecast.order,)
 
+    @property
+    def apart(self) -> bool:
+        """Whether the samples of a batch can be told apart in the blocks."""
+        return self.blocks[0].batch_dim is not None
+
+    @property
+    def divisible(self) -> bool:
+        """Whether a batch may be split: not where a model keeps something of its own from one call to the next."""
+        return self.apart and self.blocks[0].obstacle is None
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes stored so far."""
+        return max(self.cache.peak_bytes, sum(part.cache.peak_bytes for part in self.parts))
+
+    def follow(self, choice: Choice) -> None:
+        """From here on it goes as an adaptive policy decided."""
+        if len(choice.parts) == 1:
+            self.replan(choice.parts[0][1], choice.step)
+            return
+        batch = len(choice.schedules)
+        for rows, schedule in choice.parts:
+            part = copy.copy(self)
+            part.cache = self.cache.selected(torch.tensor(rows), _of_rows(batch, len(rows)))
+            part.cache.limit = self.cache.limit * len(rows) / batch
+            part.parts = []
+            part.replan(schedule, choice.step)
+            self.parts.append(part)
+        self.cache.clear()
+        self.schedule = Schedule((Step(),) * len(self.schedule.steps))
+
+    def replan(self, schedule: Schedule, step: int) -> None:
+        """Follow another plan from a step on, one that needs no more than what the plan before stored."""
+        groups = [row.group for row in schedule.steps]
+        self.schedule = schedule
+        self.cache.regroup(groups)
+        if groups[step - 1] is not None:  # that group has begun
+            self.group, self.group_starts = groups[step - 1], [0, step - 1]
+
     def forget(self) -> None:
         """Nothing stored holds any longer."""
+        for part in self.parts:
+            part.forget()
         self.cache.clear()
         if self.guard is not None:
             self.guard.restart()
@@ -113,6 +198,8 @@ class ModelState:
     def restart(self) -> None:
         """The latent has another size from here on: nothing stored fits, and the new features have to be measured."""
         self.forget()
+        for part in self.parts:
+            part.restart()
         self.cache.limit = math.inf
         self.first_evaluation, self.predicted_bytes, self.placed = None, 0, False
 
@@ -176,6 +263,12 @@ class Session:
         self.condition: Hashable = None
         self.caller: Hashable = None  # the guidance function that makes the current calls
         self.shape: Sequence[int] | None = None
+        policy = config.policy if config.active and isinstance(config.policy, AdaptivePolicy) else None
+        looks_at = policy.looks_at(self.levels, sampler, config.group_size) if policy else None
+        self.looking = policy if isinstance(looks_at, int) else None  # until it has decided
+        self.looks_at = looks_at
+        self.choice: Choice | None = None
+        self._estimates: deque[torch.Tensor] = deque(maxlen=2)
         self._occurrences: defaultdict[Hashable, int] = defaultdict(int)
         self._numbers: dict[Hashable, int] = {}  # of the evaluation before
         self._lock = threading.Condition()  # on several GPUs the host calls one model per device, each from a thread
@@ -183,13 +276,17 @@ class Session:
         self._closed = False
 
     @contextlib.contextmanager
-    def evaluation(self, sigma: float, condition: Hashable = None, shape: Sequence[int] | None = None) -> Iterator[None]:
+    def evaluation(
+        self, sigma: float, condition: Hashable = None, shape: Sequence[int] | None = None,
+        look: Callable[[], tuple[torch.Tensor, torch.Tensor | None]] | None = None,
+    ) -> Iterator[None]:
         """Wraps one evaluation of the model, of one or more calls; its streams are numbered afresh.
 
         Args:
             sigma: Noise level.
             condition: What else must not change between storing and reusing, such as the ControlNets in force.
             shape: Of the whole latent, if known.
+            look: Gives the latent [B, C, ...] and the text embedding [B, T, D], where they are known.
         """
         # Where a stream is evaluated more or less often than last time, numbers may have shifted: then nothing is reused.
         shifted = any(self._numbers.get(stream, count) != count for stream, count in self._occurrences.items())
@@ -207,11 +304,57 @@ class Session:
             self._tell()
         self.evaluations += 1
         self.step, self.sigma, self.condition = step, sigma, condition
+        if self.looking is not None and isinstance(self.looks_at, int) and step >= self.looks_at:
+            self._decide(self.looking, look)
+            self.looking = None
+            self._estimates.clear()
         self.evaluating = True
         try:
             yield
         finally:
             self.evaluating = False
+
+    def saw(self, estimate: torch.Tensor) -> None:
+        """An evaluation gave this estimate of the clean latent [B, C, ...]."""
+        if self.looking is not None:
+            self._estimates.append(estimate)
+
+    def _decide(
+        self, policy: AdaptivePolicy, look: Callable[[], tuple[torch.Tensor, torch.Tensor | None]] | None
+    ) -> None:
+        begun, step = time.perf_counter(), self.step
+        latent, text = look() if look is not None else (None, None)
+        if latent is None or [one.shape for one in self._estimates] != [latent.shape] * 2:
+            self.warn("the latent was not seen where the policy looks at the picture: its static schedule is used")
+            schedules: tuple[Schedule, ...] = (policy.base.schedule(self.levels, self.sampler, self.config.group_size),)
+        else:
+            before, last = self._estimates
+            sight = Sight(latent, last, last - before, text)
+            schedules = policy.decide(sight, self.levels, self.config.group_size, step)
+        states = list(self.models.values())
+        together = self.config.guarded or not all(state.divisible for state in states)
+        parts = parts_of(schedules, policy.base.depth, together)
+        self.choice = Choice(step, schedules, parts, (time.perf_counter() - begun) * 1000)
+        for state in states:
+            state.follow(self.choice)
+        if states and parts[0][1].steps[step - 1].group is not None:  # what the step before stored serves a group
+            self.figures[step - 1].stored += 1
+
+    def split(self, owner: object, rows: int, chunks: int) -> list[list[int]] | None:
+        """The rows of a call that go together, one list for each part of the batch; None for all in one.
+
+        Args:
+            owner: The host's model object.
+            rows: Rows of the call.
+            chunks: How many conditionings are in it, one after the other.
+        """
+        state = self.models.get(id(owner))
+        if state is None or not state.parts or self.choice is None:
+            return None
+        batch = len(self.choice.schedules)
+        if rows != batch * chunks:
+            return None
+        return [[chunk * batch + row for chunk in range(chunks) for row in samples] for samples, _ in self.choice.parts]
 
     @contextlib.contextmanager
     def calls_of(self, caller: Hashable) -> Iterator[None]:
@@ -224,7 +367,8 @@ class Session:
 
     @contextlib.contextmanager
     def call(
-        self, owner: object, diffusion_model: nn.Module, device: torch.device, describe: Callable[[], CallInfo]
+        self, owner: object, diffusion_model: nn.Module, device: torch.device, describe: Callable[[], CallInfo],
+        part: int | None = None,
     ) -> Iterator[None]:
         """Wraps one call of a model; the call made inside is observed, or shortened, as planned.
 
@@ -233,6 +377,7 @@ class Session:
             diffusion_model: The transformer that will run.
             device: Where it runs.
             describe: Gathers what the host says about the call; asked only in a run that plans to reuse.
+            part: Which part of the batch it is, see `split`.
         """
         with self._lock:
             planned = bool(self.figures) and not self._closed
@@ -241,7 +386,7 @@ class Session:
             yield
             return
         try:
-            with self._planned(owner, diffusion_model, device, describe):
+            with self._planned(owner, diffusion_model, device, describe, part):
                 yield
         finally:
             with self._lock:
@@ -250,16 +395,22 @@ class Session:
 
     @contextlib.contextmanager
     def _planned(
-        self, owner: object, diffusion_model: nn.Module, device: torch.device, describe: Callable[[], CallInfo]
+        self, owner: object, diffusion_model: nn.Module, device: torch.device, describe: Callable[[], CallInfo],
+        part: int | None,
     ) -> Iterator[None]:
         figures = self.figures[self.step]
         with self._lock:
             state = self._state(owner, diffusion_model)
             figures.calls += 1
+            if state is not None and state.parts:
+                if part is None:
+                    self.fallbacks["the samples of this call cannot be told apart"] += 1
+                else:
+                    state = state.parts[part]
             visit = None
             if state is not None and state.active:
                 info, moment = state.streams_of(describe()), Moment(self.step, self.evaluations, self.sigma)
-                visit = Visit(state, state.schedule.steps[self.step], moment, info, self._streams(owner, info))
+                visit = Visit(state, state.schedule.steps[self.step], moment, info, self._streams(owner, info, part))
         with self.stopwatch.span(self.step, device):
             if state is None or visit is None:
                 yield
@@ -325,15 +476,27 @@ class Session:
             if (state.effective, state.schedule.window) != (first.effective, first.schedule.window):
                 self.warn("two models ran: window, boundary and settings are those of the first")
             self.warn(*state.schedule.warnings)
+            if self.choice is not None:
+                state.follow(self.choice)
         return self.models[id(owner)]
 
-    def _streams(self, owner: object, info: CallInfo) -> tuple[Hashable, ...]:
+    def _streams(self, owner: object, info: CallInfo, part: int | None) -> tuple[Hashable, ...]:
         streams = []
         for stream in info.streams:
             identity = (id(owner), stream)
-            streams.append((*identity, self._occurrences[identity]))
-            self._occurrences[identity] += 1
+            counted = (*identity, part)  # parts have caches of their own
+            streams.append((*identity, self._occurrences[counted]))
+            self._occurrences[counted] += 1
         return tuple(streams)
+
+
+def _of_rows(batch: int, rows: int) -> Callable[[Hashable], Hashable | None]:
+    """Gives the key of a stream of some samples, from that of the whole batch, see `Visit.at_input`."""
+    def renamed(key: Any) -> Hashable | None:
+        stream, passes, of, signature = key
+        return (stream, passes, rows, signature) if of == batch else None
+
+    return renamed
 
 
 def step_of(sigmas: Sequence[float], sigma: float, current: int) -> int:

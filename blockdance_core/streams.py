@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -176,6 +176,27 @@ class FeatureCache:
             if total is not target:
                 target.copy_(_saturated(total, target.dtype))
         return result
+
+    def regroup(self, groups: Sequence[int | None]) -> None:
+        """The plan has changed: what was stored at step k belongs to `groups[k]`."""
+        for history in self._entries.values():
+            for entry in history:
+                entry.group = groups[entry.step]
+
+    def selected(self, rows: Tensor, rename: Callable[[StreamKey], StreamKey | None]) -> FeatureCache:
+        """A cache with some rows of every feature, as new tensors; streams that `rename` gives no key are left out."""
+        part = FeatureCache(self.anchored, self.keep)
+        part.device = self.device
+        for (key, boundary), history in self._entries.items():
+            renamed = rename(key)
+            if renamed is not None:
+                part._seen[renamed] = self._seen[key]
+                part._replace(renamed, boundary, [
+                    dataclasses.replace(entry, feature=tuple(
+                        None if one is None else one.index_select(0, rows.to(one.device)) for one in entry.feature))
+                    for entry in history
+                ])
+        return part
 
     def drop_unseen(self, since_step: int) -> None:
         """Drop every stream that stored nothing since a step."""

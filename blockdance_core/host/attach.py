@@ -22,9 +22,10 @@ from comfy.patcher_extension import WrappersMP
 
 from blockdance_core import families
 from blockdance_core.config import Config, Effective, resolve
-from blockdance_core.host import identity, notify
+from blockdance_core.host import batch, identity, notify
 from blockdance_core.host.levels import accepted_errors, noise_levels
 from blockdance_core.interception import taps
+from blockdance_core.policy import AdaptivePolicy
 from blockdance_core.report import run_record, summary
 from blockdance_core.session import Session, kept, planned
 from blockdance_core.visit import CallInfo
@@ -135,10 +136,13 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
         })
 
     sampler = sampler_name(args[2] if len(args) > 2 else kwargs["sampler"])
-    accepted = accepted_errors(model_sampling, sigmas) if handle.config.guarded else []
-    session = Session(handle.config, sigmas, levels, tell, sampler, accepted)
     # A latent of several parts (video and audio) arrives flattened into one row; its shapes come beside it.
     shapes = kwargs.get("latent_shapes") or [args[0].shape if args else kwargs["noise"].shape]
+    if handle.config.active and isinstance(handle.config.policy, AdaptivePolicy):
+        text = identity.text(guider.conds, shapes[0][0])
+        handle.config.policy.require(shapes[0][1] if len(shapes) == 1 else 1, None if text is None else text.shape[2])
+    accepted = accepted_errors(model_sampling, sigmas) if handle.config.guarded else []
+    session = Session(handle.config, sigmas, levels, tell, sampler, accepted)
     plan = planned(handle.config, handle.effective, levels, sampler)
     session.announced_bytes = _announced_bytes(handle, guider.model_patcher, shapes, plan)
     before = guider.model_options
@@ -232,9 +236,12 @@ def _predict_noise(
     if session is None or session.evaluating:
         return executor(x, timestep, model_options, *args, **kwargs)
     sigma = float(timestep.reshape(-1)[0])  # synchronises the GPU, once per evaluation
-    controls = identity.active_controls(getattr(executor.class_obj, "conds", {}), sigma)
-    with session.evaluation(sigma, controls, x.shape):
-        return executor(x, timestep, model_options, *args, **kwargs)
+    conds = getattr(executor.class_obj, "conds", {})
+    controls = identity.active_controls(conds, sigma)
+    with session.evaluation(sigma, controls, x.shape, lambda: (x, identity.text(conds, x.shape[0]))):
+        estimate = executor(x, timestep, model_options, *args, **kwargs)
+        session.saw(estimate)
+        return estimate
 
 
 def _apply_model(
@@ -250,9 +257,9 @@ def _apply_model(
     evaluation = nullcontext() if session.evaluating else session.evaluation(float(t.reshape(-1)[0]))
     model: BaseModel = executor.class_obj
 
-    def describe() -> CallInfo:
+    def describe(rows: int) -> CallInfo:
         return CallInfo(
-            streams=identity.streams(options, session.caller), rows=x.shape[0], device=x.device,
+            streams=identity.streams(options, session.caller), rows=rows, device=x.device,
             replaced=frozenset(options.get("patches_replace", {}).get("dit", {})),
             condition=(
                 session.condition, identity.control_shapes(control), identity.hook_strengths(model),
@@ -261,8 +268,17 @@ def _apply_model(
             room=lambda: _room(model, x),
         )
 
-    with evaluation, session.call(model, model.diffusion_model, x.device, describe):
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    def run(part: int | None, x: Any, t: Any, c_concat: Any, c_crossattn: Any, control: Any, kwargs: dict[str, Any]) -> Any:
+        with session.call(model, model.diffusion_model, x.device, lambda: describe(x.shape[0]), part):
+            return executor(x, t, c_concat, c_crossattn, control, dict(options), **kwargs)
+
+    with evaluation:
+        given = (x, t, c_concat, c_crossattn, control, kwargs)
+        parts = session.split(model, x.shape[0], len(options.get("cond_or_uncond", ())))
+        if parts is None:
+            return run(None, *given)
+        return batch.joined(
+            [run(number, *batch.taken(given, rows, x.shape[0])) for number, rows in enumerate(parts)], parts)
 
 
 def _session_in(options: dict[str, Any]) -> Session | None:

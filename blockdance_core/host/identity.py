@@ -65,3 +65,16 @@ def active_patches(options: dict[str, Any], sigma: float) -> tuple[bool, ...]:
     patches = (patch for slot in options.get("patches", {}).values() for patch in slot)
     ranges = ((getattr(patch, "sigma_start", None), getattr(patch, "sigma_end", None)) for patch in patches)
     return tuple(end <= sigma <= start for start, end in ranges if isinstance(start, float) and isinstance(end, float))
+
+
+def text(conds: dict[str, list[dict[str, Any]]], rows: int) -> torch.Tensor | None:
+    """The text embeddings of a run's positive conditionings, one behind the other: [rows, T, D]; None if there are none.
+
+    Those that are as wide as the first count. Host: `cross_attn` of a converted conditioning.
+    """
+    entries = conds.get("positive") or next(iter(conds.values()), None) or []
+    found = [entry["cross_attn"] for entry in entries if isinstance(entry.get("cross_attn"), torch.Tensor)]
+    found = [one for one in found if one.ndim == 3 and one.shape[2] == found[0].shape[2]]
+    if not found:
+        return None
+    return torch.cat([one[torch.arange(rows) % one.shape[0]].to(found[0]) for one in found], 1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockdance_core import families
 from blockdance_core.calibration import Profile, merged
+from blockdance_core.config import ConfigError
 from blockdance_core.host.calibrate import CUTS, calibrated, entry, profiled, reaching, table
 from blockdance_core.host.rollout import Prompt, Rollouts, sigmas_of
 from blockdance_core.policy import Calibrated, SchedulePolicy, load, save
@@ -163,7 +164,9 @@ def keep(
     policy = SchedulePolicy(path.stem, *_kind(model), (calibration,)) if before is None else before.extended(calibration)
     records = {**policy.record.get("calibrations", {}), calibration.key: dict(record)}
     save(dataclasses.replace(policy, record={**policy.record, "calibrations": records}), path)
-    return load(path)
+    written = kept(path, model)
+    assert written is not None
+    return written
 
 
 def kept(path: str | os.PathLike[str], model: ModelPatcher) -> SchedulePolicy | None:
@@ -175,6 +178,9 @@ def kept(path: str | os.PathLike[str], model: ModelPatcher) -> SchedulePolicy | 
     if not os.path.lexists(path):
         return None
     policy = load(path)
+    if not isinstance(policy, SchedulePolicy):
+        raise ConfigError(f"The policy file {path} holds a decision network: calibrations go into another file. Choose another "
+                          "name.")
     policy.check(*_kind(model))
     return policy
 

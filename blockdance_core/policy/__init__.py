@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from blockdance_core.policy.adaptive import AdaptivePolicy
 from blockdance_core.policy.calibrated import Calibrated, SchedulePolicy
 from blockdance_core.policy.file import PolicyError, load, save
 from blockdance_core.policy.fixed import Fixed
 
-__all__ = ["Calibrated", "Fixed", "PolicyError", "SchedulePolicy", "load", "save"]
+__all__ = ["AdaptivePolicy", "Calibrated", "Fixed", "PolicyError", "SchedulePolicy", "load", "save"]

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from blockdance_core.config import ConfigError
@@ -56,11 +56,7 @@ class Calibrated:
         _require(all(0 <= cut < 1 for cut in self.cuts) and _ascending(self.cuts),
                  f"{of}cuts must ascend, and be shares from 0 to below 1")
         _require(all(math.isfinite(loss) and loss >= 0 for loss in self.losses), f"{of}losses must be 0 or more")
-        for row in {row for plan in self.plans for row in plan if row}:
-            _require(row.boundary >= 0, f"{of}boundary {row.boundary} must be 0 or more")
-            _require(0 <= row.forecast.order <= _MAX_ORDER,
-                     f"{of}order {row.forecast.order} of a forecast must be 0 to {_MAX_ORDER}")
-            _require(0 <= row.forecast.damping <= 1, f"{of}damping {row.forecast.damping} of a forecast must be 0 to 1")
+        require_rows(self.plans, of)
 
     @property
     def steps(self) -> int:
@@ -253,6 +249,15 @@ class SchedulePolicy:
         part = f" (as {whole} over the whole noise schedule)" if whole != count and whole < _MOST * count else ""
         return (f"calibrated for {entry.steps} steps of {entry.sampler}, this run has {count}{part} of {sampler}: "
                 "fitted by noise level",)
+
+
+def require_rows(plans: Iterable[Plan], of: str = "") -> None:
+    """Raise a `ConfigError` unless every row of some plans is within its ranges; `of` begins the message."""
+    for row in {row for plan in plans for row in plan if row}:
+        _require(row.boundary >= 0, f"{of}boundary {row.boundary} must be 0 or more")
+        _require(0 <= row.forecast.order <= _MAX_ORDER,
+                 f"{of}order {row.forecast.order} of a forecast must be 0 to {_MAX_ORDER}")
+        _require(0 <= row.forecast.damping <= 1, f"{of}damping {row.forecast.damping} of a forecast must be 0 to 1")
 
 
 def _between(knots: Sequence[int], position: float) -> float:

@@ -5,14 +5,19 @@ Metadata, all strings: `schema_version`, `kind`, `family`, `depth`, `name` (opti
 Kind `schedule` adds JSON lists with one value for each entry: `sampler`, `scheduler`, `steps`. The tensors of entry i:
 `{i}.boundary` int16 [plans, steps] (-1: computed), `{i}.order` and `{i}.anchored` uint8 and `{i}.damping` float32 of the same
 shape, `{i}.levels` float32 [steps + 1], `{i}.cut` and `{i}.loss` float32 [plans].
+
+Kind `network` has all that, and in its metadata `trained` (the entry that the network was trained for), `segments` (JSON list
+of their first steps), `level_cuts` (JSON list) and `network` (JSON object, the fields of `NetworkShape`). The options of
+segment j are `segment.{j}.boundary` and so on, [options, steps of the segment]; the weights `network.{name}`, float32 or float16.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +28,18 @@ from torch import Tensor
 
 from blockdance_core.config import ConfigError
 from blockdance_core.forecast import Forecast
+from blockdance_core.policy.adaptive import AdaptivePolicy, Segment
 from blockdance_core.policy.calibrated import Calibrated, SchedulePolicy
-from blockdance_core.schedule import Reuse
+from blockdance_core.policy.network import DecisionNetwork, NetworkShape
+from blockdance_core.schedule import Plan, Reuse
 
 SCHEMA_VERSION = 1
 _MAX_BYTES = 256 * 2**20
 _MAX_HEADER = 16 * 2**20
 _MAX_ENTRIES = 1_000
 _MAX_ROWS = 1_000_000
+_MOST_EXACT = 16 * 2**20
+"""Larger networks are kept in half precision."""
 _DIGITS = 6
 """Shares are exact to this many decimals in float32."""
 
@@ -64,16 +73,30 @@ class _Content(NamedTuple):
         return value
 
     def tensor(self, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> list[Any]:
+        values: list[Any] = self.checked(key, shape, dtype).tolist()
+        return values
+
+    def checked(self, key: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
         found = self.tensors.get(key)
         if found is None:
             raise ConfigError(f"it has no tensor {key}")
-        if (found.dtype, tuple(found.shape)) != (dtype, shape):
-            raise ConfigError(f"{key} is {found.dtype} {list(found.shape)}, expected {dtype} {list(shape)}")
-        values: list[Any] = found.tolist()
-        return values
+        if found.dtype not in dtypes or tuple(found.shape) != shape:
+            expected = " or ".join(str(dtype) for dtype in dtypes)
+            raise ConfigError(f"{key} is {found.dtype} {list(found.shape)}, expected {expected} {list(shape)}")
+        return found
+
+    def plans(self, prefix: str, steps: int) -> tuple[Plan, ...]:
+        """The rows of `{prefix}.boundary` and so on."""
+        boundary = self.tensors.get(f"{prefix}.boundary")
+        shape = (boundary.shape[0] if boundary is not None and boundary.ndim == 2 else 0, steps)
+        columns = (
+            self.tensor(f"{prefix}.boundary", torch.int16, shape), self.tensor(f"{prefix}.anchored", torch.uint8, shape),
+            self.tensor(f"{prefix}.order", torch.uint8, shape), self.tensor(f"{prefix}.damping", torch.float32, shape),
+        )
+        return tuple(tuple(_row(*row) for row in zip(*plan, strict=True)) for plan in zip(*columns, strict=True))
 
 
-def save(policy: SchedulePolicy, path: str | os.PathLike[str]) -> None:
+def save(policy: SchedulePolicy | AdaptivePolicy, path: str | os.PathLike[str]) -> None:
     """Write a policy file, whole or not at all.
 
     Args:
@@ -81,12 +104,24 @@ def save(policy: SchedulePolicy, path: str | os.PathLike[str]) -> None:
         path: The file; its folder is made if it does not exist.
     """
     path = Path(path)
+    base = policy if isinstance(policy, SchedulePolicy) else policy.base
     metadata = {
-        "schema_version": str(SCHEMA_VERSION), "kind": "schedule", "name": policy.name, "family": policy.family,
-        "depth": str(policy.depth), "record": json.dumps(dict(policy.record), allow_nan=False),
-        **{key: json.dumps([getattr(entry, key) for entry in policy.entries]) for key in ("sampler", "scheduler", "steps")},
+        "schema_version": str(SCHEMA_VERSION), "kind": "schedule", "name": policy.name, "family": base.family,
+        "depth": str(base.depth), "record": json.dumps(dict(policy.record), allow_nan=False),
+        **{key: json.dumps([getattr(entry, key) for entry in base.entries]) for key in ("sampler", "scheduler", "steps")},
     }
-    tensors = {f"{i}.{key}": value for i, entry in enumerate(policy.entries) for key, value in _tensors(entry).items()}
+    tensors = {f"{i}.{key}": value for i, entry in enumerate(base.entries) for key, value in _tensors(entry).items()}
+    if isinstance(policy, AdaptivePolicy):
+        metadata |= {
+            "kind": "network", "trained": str(policy.trained), "level_cuts": json.dumps(policy.cuts),
+            "segments": json.dumps([segment.start for segment in policy.segments]),
+            "network": json.dumps(dataclasses.asdict(policy.network.shape)),
+        }
+        for j, segment in enumerate(policy.segments):
+            tensors |= {f"segment.{j}.{key}": value for key, value in _rows(segment.options).items()}
+        exact = policy.network.shape.parameters <= _MOST_EXACT
+        for name, value in policy.network.state_dict().items():
+            tensors[f"network.{name}"] = value.detach().cpu().to(torch.float32 if exact else torch.float16).contiguous()
     data = safetensors.torch.save(tensors, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".policy-") as folder:  # on the disk that the file goes to
@@ -95,7 +130,7 @@ def save(policy: SchedulePolicy, path: str | os.PathLike[str]) -> None:
         os.replace(written, path)
 
 
-def load(path: str | os.PathLike[str]) -> SchedulePolicy:
+def load(path: str | os.PathLike[str]) -> SchedulePolicy | AdaptivePolicy:
     """Read a policy file.
 
     Raises:
@@ -133,15 +168,20 @@ def _read(path: Path) -> _Content:
     return _Content(path.stem, metadata, tensors)
 
 
-def _tensors(entry: Calibrated) -> dict[str, Tensor]:
-    def rows(dtype: torch.dtype, computed: float, field: Any) -> Tensor:
-        return torch.tensor([[computed if row is None else field(row) for row in plan] for plan in entry.plans], dtype=dtype)
+def _rows(plans: Sequence[Plan]) -> dict[str, Tensor]:
+    def column(dtype: torch.dtype, computed: float, field: Any) -> Tensor:
+        return torch.tensor([[computed if row is None else field(row) for row in plan] for plan in plans], dtype=dtype)
 
     return {
-        "boundary": rows(torch.int16, -1, lambda row: row.boundary),
-        "order": rows(torch.uint8, 0, lambda row: row.forecast.order),
-        "damping": rows(torch.float32, 1.0, lambda row: row.forecast.damping),
-        "anchored": rows(torch.uint8, 0, lambda row: row.forecast.anchored),
+        "boundary": column(torch.int16, -1, lambda row: row.boundary),
+        "order": column(torch.uint8, 0, lambda row: row.forecast.order),
+        "damping": column(torch.float32, 1.0, lambda row: row.forecast.damping),
+        "anchored": column(torch.uint8, 0, lambda row: row.forecast.anchored),
+    }
+
+
+def _tensors(entry: Calibrated) -> dict[str, Tensor]:
+    return _rows(entry.plans) | {
         "levels": torch.tensor(entry.levels, dtype=torch.float32),
         "cut": torch.tensor(entry.cuts, dtype=torch.float32),
         "loss": torch.tensor(entry.losses, dtype=torch.float32),
@@ -167,19 +207,41 @@ def _schedule_policy(content: _Content) -> SchedulePolicy:
 
 
 def _entry(content: _Content, i: int, sampler: str, scheduler: str, steps: int) -> Calibrated:
-    boundary = content.tensors.get(f"{i}.boundary")
-    plans = boundary.shape[0] if boundary is not None and boundary.ndim == 2 else 0
-    shape = (plans, steps)
-    columns = (
-        content.tensor(f"{i}.boundary", torch.int16, shape), content.tensor(f"{i}.anchored", torch.uint8, shape),
-        content.tensor(f"{i}.order", torch.uint8, shape), content.tensor(f"{i}.damping", torch.float32, shape),
-    )
+    plans = content.plans(str(i), steps)
     return Calibrated(
-        sampler, scheduler, _shares(content.tensor(f"{i}.levels", torch.float32, (steps + 1,))),
-        tuple(tuple(_row(*row) for row in zip(*plan, strict=True)) for plan in zip(*columns, strict=True)),
-        _shares(content.tensor(f"{i}.cut", torch.float32, (plans,))),
-        tuple(content.tensor(f"{i}.loss", torch.float32, (plans,))),
+        sampler, scheduler, _shares(content.tensor(f"{i}.levels", torch.float32, (steps + 1,))), plans,
+        _shares(content.tensor(f"{i}.cut", torch.float32, (len(plans),))),
+        tuple(content.tensor(f"{i}.loss", torch.float32, (len(plans),))),
     )
+
+
+def _adaptive_policy(content: _Content) -> AdaptivePolicy:
+    base = _schedule_policy(content)
+    trained, starts, cuts = content.whole("trained"), content.json("segments", list), content.json("level_cuts", list)
+    if trained >= len(base.entries):
+        raise ConfigError(f"trained is {trained}, it has {len(base.entries)} entries")
+    steps = base.entries[trained].steps
+    if not starts or not all(type(start) is int and 0 <= start < steps for start in starts):
+        raise ConfigError(f"segments are not steps of {steps}")
+    if not all(type(cut) in (int, float) for cut in cuts):
+        raise ConfigError("level_cuts are not numbers")
+    shape = NetworkShape(**content.json("network", dict))
+    with torch.device("meta"):  # a shape that the weights do not have takes no memory
+        network = DecisionNetwork(shape)
+    weights = {
+        name: content.checked(f"network.{name}", tuple(value.shape), torch.float32, torch.float16).float()
+        for name, value in network.state_dict().items()
+    }
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise ConfigError("a weight of its network is not finite")
+    network.load_state_dict(weights, assign=True)
+    segments = tuple(
+        Segment(start, content.plans(f"segment.{j}", stop - start))
+        for j, (start, stop) in enumerate(zip(starts, [*starts[1:], steps], strict=True))
+    )
+    return AdaptivePolicy(
+        dataclasses.replace(base, record={}), trained, segments, tuple(cuts), network.eval().requires_grad_(False), base.name,
+        base.record)
 
 
 def _row(boundary: int, anchored: int, order: int, damping: float) -> Reuse | None:
@@ -194,5 +256,6 @@ def _shares(values: list[float]) -> tuple[float, ...]:
     return tuple(round(value, _DIGITS) for value in values)
 
 
-_KINDS = {"schedule": _schedule_policy}
+_KINDS: dict[str, Callable[[_Content], SchedulePolicy | AdaptivePolicy]] = {
+    "schedule": _schedule_policy, "network": _adaptive_policy}
 """What a file of each kind becomes."""

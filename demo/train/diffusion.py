@@ -138,7 +138,9 @@ class Data:
         self.autoencoder.load_state_dict(torch.load(folder / "autoencoder.pt", weights_only=True))
         self.autoencoder.to(self.device).eval().requires_grad_(False)
 
-    def __call__(self, step: int, shard: int, count: int, split: str = "train", brief: bool = False) -> tuple[torch.Tensor, ...]:
+    def __call__(
+        self, step: int, shard: int, count: int, split: str = "train", brief: bool = False
+    ) -> tuple[torch.Tensor, ...]:
         """x0 ``[B, C, (F,) H, W]``, word ids ``[B, P, A]``, noise like x0, share of noise ``[B]`` in 0..1.
 
         Brief clips have the frames of one row of tokens, and B is as many times larger as that.
