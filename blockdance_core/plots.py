@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 COLOURS = {"compute": (138, 144, 153), "cache": (230, 159, 0), "reuse": (86, 180, 233), "mixed": (204, 121, 167)}
 """By decision, as in web/timeline.js; grey and three colours of the colour-blind safe palette of Okabe and Ito."""
 _BACKGROUND, _INK, _FAINT = (24, 26, 30), (235, 237, 240), (140, 146, 155)
+_LEVELS = ((86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66), (213, 94, 0), (0, 114, 178))
 _WIDTH, _HEIGHT, _MARGIN = 960, 300, 40
 
 
@@ -46,6 +48,37 @@ def timeline(run: dict[str, Any]) -> np.ndarray:
             left += 120
     draw.text((left + 20, _HEIGHT - 32), run["window"]["text"], fill=_FAINT, font=small)
     return np.asarray(image, dtype=np.float32) / 255.0
+
+
+def curve(rows: Sequence[dict[str, Any]]) -> Image.Image:
+    """How a training goes: mean reward on training pictures (faint) and on held-out ones, a colour a level.
+
+    Args:
+        rows: See `policy.training.Trainer.curve`.
+
+    Returns:
+        Picture 960 x 300.
+    """
+    image = Image.new("RGB", (_WIDTH, _HEIGHT), _BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    small = ImageFont.load_default(13)
+    draw.text((_MARGIN, 14), f"pass {rows[-1]['epoch'] if rows else 0}: reward gained since the first pass, held-out (thin: training)",
+              fill=_INK, font=small)
+    gains = {
+        (name, level): [row[name][level] - rows[0][name][level] for row in rows]
+        for name in ("reward", "held_out") for level in range(len(rows[0][name]))
+    } if rows else {}
+    low, high = (edge((value for line in gains.values() for value in line), default=0.0) for edge in (min, max))
+    floor, ceiling, span = _HEIGHT - 30, 46, max(high - low, 1e-9)
+    for value in (low, 0.0, high):
+        y = floor - (floor - ceiling) * (value - low) / span
+        draw.line((_MARGIN, y, _WIDTH - _MARGIN, y), fill=(60, 64, 70))
+        draw.text((4, y - 7), f"{value:+.2g}", fill=_FAINT, font=small)
+    for (name, level), line in gains.items():
+        points = [(_MARGIN + (_WIDTH - 2 * _MARGIN) * k / max(len(line) - 1, 1), floor - (floor - ceiling) * (value - low) / span)
+                  for k, value in enumerate(line)]
+        draw.line([*points, points[-1]], fill=_LEVELS[level % len(_LEVELS)], width=1 if name == "reward" else 3)
+    return image
 
 
 def _heading(run: dict[str, Any]) -> str:

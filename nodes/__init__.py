@@ -11,9 +11,13 @@ from .calibrate import BlockDanceCalibrate
 from .load_policy import BlockDanceLoadPolicy
 from .profile import BlockDanceProfile
 from .report import BlockDanceReport
+from .train_policy import BlockDanceTrainPolicy
 
 
 def pack_nodes() -> list[type[io.ComfyNode]]:
     """Every node of the pack. Registers the folder of policy files, which the loader lists."""
     paths.register()
-    return [BlockDanceAccelerate, BlockDanceReport, BlockDanceLoadPolicy, BlockDanceProfile, BlockDanceCalibrate]
+    return [
+        BlockDanceAccelerate, BlockDanceReport, BlockDanceLoadPolicy, BlockDanceProfile, BlockDanceCalibrate,
+        BlockDanceTrainPolicy,
+    ]

@@ -28,7 +28,7 @@ _LEADS = (0.0, 0.1, 0.15, 0.2, 0.3)
 """Shares of the steps that are computed first, to choose from: a program that adds errors up underrates early ones."""
 _TOLERANCE = 0.02
 _FEWEST = 3
-_SATURATION = 0.1
+SATURATION = 0.1
 """Squared error, as a share of the variance, at which a picture counts as half lost."""
 
 
@@ -117,7 +117,7 @@ def calibrated(
         if plan not in known:
             share = np.concatenate([one.errors(one.run(plan)).numpy() for one in checks])
             cut = sum(1 - cost[row.boundary] for row in plan if row) / steps
-            known[plan] = Checked(plan, cut, float(share.mean()), float((share / (share + _SATURATION)).mean()))
+            known[plan] = Checked(plan, cut, float(share.mean()), float((share / (share + SATURATION)).mean()))
         return known[plan]
 
     found: list[Checked] = []

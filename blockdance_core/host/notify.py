@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +34,21 @@ def progress_bar() -> Callable[[int, int], None]:
 
     bar = ProgressBar(1)
     return bar.update_absolute
+
+
+def picture_bar() -> Callable[[int, int, Callable[[], Image | None]], None]:
+    """The same with a picture, which is made and sent at most once a second."""
+    from comfy.utils import ProgressBar
+
+    bar, sent = ProgressBar(1), 0.0
+
+    def show(done: int, of: int, picture: Callable[[], Image | None]) -> None:
+        nonlocal sent
+        image = picture() if time.monotonic() - sent > 1 else None
+        sent = time.monotonic() if image is not None else sent
+        bar.update_absolute(done, of, None if image is None else ("JPEG", image, None))
+
+    return show
 
 
 def executing() -> tuple[str | None, str | None]:

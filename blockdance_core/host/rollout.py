@@ -93,11 +93,13 @@ class Trajectory:
         entered: Latent at the first evaluation of each step, [B, ...], on the CPU; behind them the result.
         predicted: What the model predicted for every conditioning, one list for each time in each step that it was asked; on
             the CPU.
+        estimates: The estimate of the clean latent of each evaluation, with its step; on the CPU, of the full run alone.
         record: The run's figures.
     """
 
     entered: list[Tensor] = dataclasses.field(default_factory=list)
     predicted: list[list[list[Tensor]]] = dataclasses.field(default_factory=list)
+    estimates: list[tuple[int, Tensor]] = dataclasses.field(default_factory=list)
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -180,6 +182,8 @@ class Rollouts:
         if until is not None and step >= until:
             raise _Enough
         prediction: Tensor = executor(x, timestep, model_options, *args, **kwargs)
+        if not self.count:
+            trajectory.estimates.append((step, _kept(prediction)))
         return prediction
 
     def _predict(

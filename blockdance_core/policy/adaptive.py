@@ -232,8 +232,8 @@ def every_step(steps: int, start: int, options: Plan) -> tuple[Segment, ...]:
     return (*(Segment(k, tuple((row,) for row in options)) for k in range(start, steps - 1)), last)
 
 
-def published_start(steps: int, share: float = 0.4) -> int:
-    """The step rho for a share of the steps; published: 40 %."""
+def step_at(steps: int, share: float) -> int:
+    """The step rho for a share of the steps."""
     return max(LEAST_STEP, math.ceil(share * steps - _ROUNDING))
 
 

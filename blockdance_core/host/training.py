@@ -1,0 +1,512 @@
+"""Train an adaptive policy on a model: what choices do to pictures is found out by sampling them.
+
+Rollouts share the full run's first steps, up to the decision. Under torchrun every process samples its share of the prompts and
+the outcomes are gathered; the network, small as it is, is taught in every process alike. So the result does not depend on the
+number of processes.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed
+
+from blockdance_core import families, plots
+from blockdance_core.config import FEW_STEPS, ConfigError
+from blockdance_core.forecast import FORECASTS
+from blockdance_core.host.attach import sampler_name
+from blockdance_core.host.identity import text
+from blockdance_core.host.levels import noise_levels
+from blockdance_core.host.rewards import Fidelity, Reward
+from blockdance_core.host.rollout import Prompt, Rollouts, sigmas_of
+from blockdance_core.policy import AdaptivePolicy, Calibrated, SchedulePolicy, save
+from blockdance_core.policy.adaptive import Segment, every_step, one_choice, step_at
+from blockdance_core.policy.network import DecisionNetwork, NetworkShape, Sight
+from blockdance_core.policy.training import Chosen, Outcome, Reading, Settings, Trainer
+from blockdance_core.report import step_medians
+from blockdance_core.schedule import Plan, Reuse
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+_HELD = 32
+"""Prompts whose full runs are kept in memory."""
+_SAVED_EVERY = 60.0
+"""Seconds between checkpoints while pictures are sampled."""
+CHOICES = ("schedules", "steps")
+"""What a policy decides: one of the schedules of a calibration; or every step by itself, as published."""
+Progress = Callable[[str, int, int, Sequence[dict[str, Any]]], None]
+"""Told what is going on, how much of it is done and of how much, and the rows of the curve so far."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Design:
+    """What a policy decides, and with what network.
+
+    Attributes:
+        choices: See `CHOICES`.
+        start: rho, share of the steps that are computed before the decision.
+        boundaries: Boundaries of a step decided by itself; none for the base policy's own.
+        forecast: What such a step injects, see `FORECASTS`.
+        maps: See `NetworkShape`.
+        width: Width of the network.
+        depth: Its number of blocks.
+        heads: Its number of heads.
+        share: Whether rollouts share the steps before the decision.
+    """
+
+    choices: str = "schedules"
+    start: float = 0.2
+    boundaries: tuple[int, ...] = ()
+    forecast: str = "taylor"
+    maps: int = 3
+    width: int = 64
+    depth: int = 2
+    heads: int = 4
+    share: bool = True
+
+
+PUBLISHED = (
+    Design(choices="steps", start=0.4, forecast="hold", maps=1, width=1472, depth=3, heads=23),
+    Settings(tradeoffs=(2.0,), epochs=100, patience=100, rate=1e-5, baseline=False),
+)
+"""The method as published (section 3): cache or reuse for every step, three blocks and an MLP of 0.08 B parameters."""
+
+
+class Pictures:
+    """The prompts of a training, and what choices do to them.
+
+    Args:
+        model: MODEL, as the sampler would get it.
+        prompts: What is sampled; batches may differ in size.
+        texts: What each of the prompts says, for rewards that read it: one text, or one of each sample.
+        policy: What is trained.
+        reward: Says how good a result is.
+        costs: For each boundary, what a reuse step costs as a share of a computed one.
+        share: Whether rollouts share the steps before the decision.
+
+    Attributes:
+        of: For every picture its prompt and its place in the batch.
+        rollouts: Number of runs so far, in this process.
+        calls: Calls of the model in them.
+    """
+
+    def __init__(
+        self, model: ModelPatcher, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], policy: AdaptivePolicy,
+        reward: Reward, costs: dict[int, float], share: bool,
+    ) -> None:
+        self.model, self.prompts, self.texts, self.policy, self.reward = model, prompts, texts, policy, reward
+        self.costs, self.share = costs, share
+        self.of = [(k, row) for k, prompt in enumerate(prompts) for row in range(prompt.latent.shape[0])]
+        self.rollouts = self.calls = 0
+        self._full: collections.OrderedDict[int, Rollouts] = collections.OrderedDict()
+        orders = [row.forecast.order for segment in policy.segments for plan in segment.options for row in plan if row]
+        self.history = max(orders, default=0) + 1  # steps before the decision that a reuse may look back on
+
+    def readings(self, network: DecisionNetwork, done: Callable[[], None]) -> list[Reading]:
+        """What the network reads of every picture."""
+        found: dict[int, list[Reading]] = {}
+        for k in mine(range(len(self.prompts))):
+            full = self._rollouts(k).full
+            start, prompt = self.policy.start, self.prompts[k]
+            before, last = [one for step, one in full.estimates if step < start][-2:]
+            latent = full.entered[start]
+            entries = [{"cross_attn": embedding, **more} for embedding, more in prompt.positive]
+            sight = Sight(latent, last, last - before, text({"positive": entries}, latent.shape[0]))
+            cells, places, words = network.read(sight)
+            found[k] = [Reading(cells[row].clone(), places, None if words is None else words[row].cpu().clone())
+                        for row in range(len(cells))]
+            done()
+        whole = gathered(found)
+        return [whole[k][row] for k, row in self.of]
+
+    def ask(self, pairs: Sequence[tuple[int, Chosen]], done: Callable[[dict[tuple[int, Chosen], Outcome]], None]) -> list[Outcome]:
+        """What choices do to pictures; `done` is told outcomes as they come, also those of other samples of the batches."""
+        wanted: dict[int, list[Chosen]] = {}
+        for picture, chosen in pairs:
+            of = wanted.setdefault(self.of[picture][0], [])
+            of += [chosen] if chosen not in of else []
+        first = {prompt: min(p for p, (k, _) in enumerate(self.of) if k == prompt) for prompt in wanted}
+        known: dict[tuple[int, Chosen], Outcome] = {}
+        for some in _batched(sorted(wanted)):
+            found = {}
+            for k in mine(some):
+                for chosen in wanted[k]:
+                    for row, outcome in enumerate(self._outcomes(k, chosen)):
+                        found[first[k] + row, chosen] = outcome
+            found = gathered(found)
+            known |= found
+            done(found)
+        return [known[pair] for pair in pairs]
+
+    def _outcomes(self, k: int, chosen: Chosen) -> list[Outcome]:
+        rollouts, plan = self._rollouts(k), self.policy.plan(chosen)
+        replayed = range(max(self.policy.start - self.history, 0)) if self.share else ()
+        run = rollouts.run(plan, replayed)
+        self.rollouts += 1
+        self.calls += sum(run.record["calls"])
+        latents = [self.model.model.process_latent_out(one) for one in (run.result, rollouts.full.result)]
+        qualities = self.reward(latents[0], latents[1], self.texts[k]).tolist()
+        cut = sum(1 - self.costs[row.boundary] for row in plan if row) / len(plan)
+        return [Outcome(float(quality), cut) for quality in qualities]
+
+    def _rollouts(self, k: int) -> Rollouts:
+        if k not in self._full:
+            self._full[k] = Rollouts(self.model, self.prompts[k])
+            self.rollouts += 1
+            self.calls += self._full[k].calls
+        self._full.move_to_end(k)
+        while len(self._full) > _HELD:
+            self._full.popitem(last=False)
+        return self._full[k]
+
+
+def designed(
+    model: ModelPatcher, prompt: Prompt, base: SchedulePolicy | None, design: Design, levels: int, seed: int = 0
+) -> AdaptivePolicy:
+    """An untrained policy for a model and a way of sampling.
+
+    Args:
+        model: MODEL.
+        prompt: One of those to train on.
+        base: Calibrated schedules, for choosing from and for runs in which the network cannot look; None for uniform groups.
+        design: What is decided.
+        levels: Number of trade-offs.
+        seed: Of the network's first weights.
+
+    Raises:
+        ConfigError: The base policy is for another model, or was not calibrated for this sampler and number of steps.
+    """
+    import comfy.samplers
+
+    match = families.find(model.get_model_object("diffusion_model"))
+    family, depth = match.family.name, len(match.blocks)
+    sigmas = sigmas_of(model, prompt)
+    steps = noise_levels(model.get_model_object("model_sampling"), sigmas)
+    sampler = sampler_name(comfy.samplers.sampler_object(prompt.sampler))
+    if len(sigmas) - 1 <= FEW_STEPS:
+        raise ConfigError(f"{len(sigmas) - 1} steps are too few to decide anything: train with {FEW_STEPS + 1} or more.")
+    if base is None:
+        boundary = match.family.defaults.boundary(depth)
+        base = _uniform(family, depth, boundary, sampler, prompt.scheduler, [max(steps[: k + 1]) for k in range(len(steps))])
+    base.check(family, depth)
+    fitting = [k for k, entry in enumerate(base.entries) if entry.sampler == sampler and entry.same(steps)]
+    if not fitting:
+        listed = ", ".join(entry.key for entry in base.entries)
+        raise ConfigError(f"The policy {base.name} holds no schedule for {len(sigmas) - 1} steps of {sampler} with "
+                          f"{prompt.scheduler}, only for: {listed}. Calibrate it for these first, or train without it.")
+    entry = base.entries[fitting[0]]
+    start = step_at(entry.steps, design.start)
+    if not start < entry.steps - 1:
+        raise ConfigError(f"start = {design.start:g} leaves no step to decide: expected a share well below 1.")
+    segments = _segments(entry, start, design, base)
+    channels = 1 if prompt.latent.is_nested else prompt.latent.shape[1]
+    embedding = next((one for one, _ in prompt.positive if one is not None and one.ndim == 3), None)
+    shape = NetworkShape(
+        channels, 0 if embedding is None else embedding.shape[2],
+        levels * sum(len(segment.options) for segment in segments), design.maps, design.width, design.depth, design.heads)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = DecisionNetwork(shape)
+    return AdaptivePolicy(base, fitting[0], segments, (0.0,) * levels, network, base.name)
+
+
+def _segments(entry: Calibrated, start: int, design: Design, base: SchedulePolicy) -> tuple[Segment, ...]:
+    if design.choices == "schedules":
+        return one_choice(entry, start)
+    if design.choices != "steps":
+        raise ConfigError(f"choices = {design.choices!r} is not valid: expected one of {', '.join(CHOICES)}.")
+    boundaries = design.boundaries or (() if base.boundary is None else (base.boundary,))
+    if any(not 0 <= boundary < base.depth for boundary in boundaries):
+        raise ConfigError(f"boundaries {list(boundaries)} must be 0 to {base.depth - 1}: this model has {base.depth} blocks.")
+    return every_step(entry.steps, start, (None, *(Reuse(boundary, FORECASTS[design.forecast]) for boundary in boundaries)))
+
+
+def _uniform(
+    family: str, depth: int, boundary: int, sampler: str, scheduler: str, levels: Sequence[float]
+) -> SchedulePolicy:
+    """Groups of 2 to 5 steps from two fifths on, for lack of a calibration."""
+    steps = len(levels) - 1
+    start = step_at(steps, 0.4)
+    reuse = Reuse(boundary, FORECASTS["taylor"])
+    plans: list[Plan] = [
+        tuple(reuse if start <= k < steps - 1 and (k - start) % size else None for k in range(steps)) for size in (2, 3, 4, 5)]
+    cuts = [sum(row is not None for row in plan) * (boundary + 1) / depth / steps for plan in plans]
+    order = sorted(range(len(plans)), key=cuts.__getitem__)
+    entry = Calibrated(sampler, scheduler, tuple(levels), tuple(plans[k] for k in order), tuple(cuts[k] for k in order),
+                       (0.0,) * len(plans))
+    return SchedulePolicy("uniform groups", family, depth, (entry,))
+
+
+def measured_costs(model: ModelPatcher, prompt: Prompt, boundaries: Sequence[int]) -> dict[int, float]:
+    """What a reuse step costs as a share of a computed one, measured in a run for each boundary that reuses every other step."""
+    costs = {}
+    rollouts = Rollouts(model, prompt)
+    for boundary in boundaries:
+        plan = [Reuse(boundary, FORECASTS["taylor"]) if 1 < k < rollouts.steps - 1 and k % 2 else None
+                for k in range(rollouts.steps)]
+        medians = step_medians(rollouts.run(plan).record)
+        reuse, compute = medians["reuse"], medians["compute"]
+        costs[boundary] = min(reuse / compute, 1.0) if reuse is not None and compute else 1.0
+    return gathered({"": costs} if rank() == 0 else {})[""]
+
+
+def further(like: Prompt, lines: str, clip: Any) -> tuple[list[Prompt], list[str]]:
+    """Prompts of one sample, one for each line that is not empty, with seeds of their own.
+
+    Args:
+        like: How they are sampled; its negative conditioning and its empty latent serve them.
+        lines: The prompts.
+        clip: The host's CLIP.
+
+    Returns:
+        The prompts, and what they say.
+
+    Raises:
+        ValueError: There are lines, and no CLIP.
+    """
+    texts = [line.strip() for line in lines.splitlines() if line.strip()]
+    if texts and clip is None:
+        raise ValueError("prompts need a text encoder: connect clip, or leave them empty.")
+    single = dataclasses.replace(like, latent=like.latent[:1], batch_index=None,
+                                 noise_mask=None if like.noise_mask is None else like.noise_mask[:1])
+    return [
+        dataclasses.replace(single, positive=clip.encode_from_tokens_scheduled(clip.tokenize(text)), seed=like.seed + 1 + k)
+        for k, text in enumerate(texts)
+    ], texts
+
+
+def parse_tradeoffs(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them.
+
+    Raises:
+        ValueError: Something in the list is none, or below 0.
+    """
+    try:
+        return Settings(tradeoffs=tuple(float(part) for part in text.replace(",", " ").split())).tradeoffs
+    except ValueError:
+        raise ValueError(f"tradeoffs {text!r} are no list of numbers from 0 on: expected such as 1, 2, 4.") from None
+
+
+def candidates(policy: AdaptivePolicy) -> list[Chosen]:
+    """The choices that come nearest to the calibrated schedules, and computing everything, without doubles."""
+    found = []
+    for plan in ((None,) * policy.entry.steps, *policy.entry.plans):
+        chosen = []
+        for segment in policy.segments:
+            wanted = plan[segment.start : segment.stop]
+            chosen.append(min(range(len(segment.options)), key=lambda k: _unlike(segment.options[k], wanted)))
+        found.append(tuple(chosen))
+    return list(dict.fromkeys(found))
+
+
+def _unlike(one: Plan, other: Plan) -> int:
+    """How many rows differ, most of all in whether they reuse."""
+    return sum(10_000 * ((a is None) != (b is None)) + abs(a.boundary - b.boundary if a and b else 0)
+               for a, b in zip(one, other, strict=True))
+
+
+def train(
+    model: ModelPatcher, prompts: Sequence[Prompt], path: str | os.PathLike[str], base: SchedulePolicy | None = None,
+    design: Design | None = None, settings: Settings | None = None, reward: Reward | None = None,
+    texts: Sequence[Sequence[str]] = (), costs: dict[int, float] | None = None, record: dict[str, Any] | None = None,
+    progress: Progress = lambda what, done, of, curve: None,
+) -> tuple[AdaptivePolicy, dict[str, Any]]:
+    """Train a policy and write it. Begun anew after an interruption, it goes on from the checkpoint beside the file.
+
+    Args:
+        model: MODEL, as the sampler would get it.
+        prompts: What is sampled; all with the same sampler, scheduler and steps, and best with different seeds.
+        path: The policy file. Beside it stand a checkpoint while it is trained, and the curve as a picture.
+        base: See `designed`.
+        design: What is decided.
+        settings: How the network is taught.
+        reward: Says how good a result is; fidelity to the full run by default.
+        texts: See `Pictures`; none where no reward reads them.
+        costs: What a reuse step costs at each boundary; measured where not given.
+        record: Goes into the file's record, besides what was measured.
+        progress: See `Progress`; may raise to interrupt.
+
+    Returns:
+        The policy as it is in the file, and its record.
+
+    Raises:
+        ConfigError: The parts do not fit together, or the checkpoint is of another training.
+    """
+    design, settings, reward = design or Design(), settings or Settings(), reward or Fidelity()
+    path = Path(path)
+    if len(prompts) < 2:
+        raise ConfigError(f"{len(prompts)} prompt is too few: one is held out to see when to stop. Give two or more, best dozens.")
+    if len({(one.sampler, *sigmas_of(model, one)) for one in prompts}) > 1:
+        raise ConfigError("The prompts are not sampled alike: all must have the same sampler, scheduler and steps.")
+    policy = designed(model, prompts[0], base, design, len(settings.tradeoffs), settings.seed)
+    boundaries = sorted({row.boundary for segment in policy.segments for plan in segment.options for row in plan if row})
+    about = {
+        "design": dataclasses.asdict(design), "settings": dataclasses.asdict(settings), "reward": reward.name,
+        "prompts": [[prompt.seed, prompt.latent.shape[0], prompt.cfg] for prompt in prompts],
+        "options": [len(segment.options) for segment in policy.segments], "trained": policy.entry.key,
+    }
+    checkpoint = path.with_name(f"{path.name}.training")
+    before = _resumed(checkpoint, about)
+    if before is not None:
+        costs = {int(key): value for key, value in before["costs"].items()}
+    elif costs is None or not set(boundaries) <= set(costs):
+        costs = measured_costs(model, prompts[0], boundaries)
+    pictures = Pictures(
+        model, prompts, texts or [[""] * prompt.latent.shape[0] for prompt in prompts], policy, reward,
+        {boundary: costs[boundary] for boundary in boundaries}, design.share)
+    begun = time.perf_counter()
+    spent: dict[str, float] = dict(before["spent"]) if before else {}
+    trainer: Trainer | None = None
+    curve: list[dict[str, Any]] = []
+
+    def cost() -> dict[str, float]:
+        own = {"rollouts": pictures.rollouts, "calls": pictures.calls}
+        total = {name: sum(one[name] for one in gathered({rank(): own}).values()) for name in own}
+        total["seconds"] = time.perf_counter() - begun
+        return {name: round(value + spent.get(name, 0), 1) for name, value in total.items()}
+
+    fresh: dict[tuple[int, Chosen], Outcome] = {}  # what is not yet the trainer's
+
+    def keep() -> None:
+        now = cost()
+        if rank() or trainer is None:
+            return
+        state = trainer.state()
+        state["known"] += [[picture, list(chosen), *outcome] for (picture, chosen), outcome in fresh.items()]
+        written = checkpoint.with_name(f"{checkpoint.name}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({
+            "about": json.dumps(about), "costs": {str(key): value for key, value in pictures.costs.items()}, "spent": now,
+            "trainer": state, "readings": [list(reading) for reading in readings],
+        }, written)
+        os.replace(written, checkpoint)
+
+    saved = time.perf_counter()
+
+    def ask(pairs: Sequence[tuple[int, Chosen]]) -> Sequence[Outcome]:
+        fresh.clear()
+
+        def done(found: dict[tuple[int, Chosen], Outcome]) -> None:
+            nonlocal saved
+            fresh.update(found)
+            progress("pictures", sum(pair in fresh for pair in pairs), len(pairs), curve)
+            if _together(time.perf_counter() - saved > _SAVED_EVERY):
+                keep()
+                saved = time.perf_counter()
+
+        return pictures.ask(pairs, done)
+
+    if before is not None:
+        readings = [Reading(*reading) for reading in before["readings"]]
+    else:
+        looked = itertools.count(1)
+        readings = pictures.readings(policy.network, lambda: progress("full runs", next(looked), len(prompts), curve))
+    trainer = Trainer(policy, readings, [prompt for prompt, _ in pictures.of], ask, settings)
+    curve = trainer.curve
+    if before is not None and before["trainer"]["curve"]:
+        trainer.resume(before["trainer"])
+        curve = trainer.curve
+    else:
+        trainer.recall(before["trainer"]["known"] if before else [])
+        keep()
+    try:
+        if not trainer.curve:
+            trainer.begin(candidates(policy))
+        while not trainer.over:
+            trainer.step()
+            progress("passes", trainer.epoch, settings.epochs, curve)
+            if _together(time.perf_counter() - saved > _SAVED_EVERY):
+                keep()
+                saved = time.perf_counter()
+    except BaseException:
+        if world() == 1:  # several processes cannot be asked together any more: the last checkpoint counts
+            keep()
+        raise
+    return _written(trainer, pictures, path, about | (record or {}), cost(), checkpoint)
+
+
+def _written(
+    trainer: Trainer, pictures: Pictures, path: Path, about: dict[str, Any], cost: dict[str, float], checkpoint: Path
+) -> tuple[AdaptivePolicy, dict[str, Any]]:
+    curve, alike, best = trainer.curve, trainer.alike(), trainer.best[1]
+    policy = trainer.finished()
+    record = about | {
+        "pictures": len(pictures.of), "training_pictures": len(trainer.training), "held_out_pictures": len(trainer.held),
+        "costs": {str(key): round(value, 4) for key, value in pictures.costs.items()}, "cost": cost, "processes": world(),
+        "device": str(pictures.model.load_device), "passes": len(curve), "best_pass": best,
+        "held_out": curve[best - 1]["held_out"] if best else [], "held_out_alike": alike,
+        "parameters": policy.network.shape.parameters, "torch": str(torch.__version__), "curve": _thinned(curve),
+    }
+    policy = dataclasses.replace(policy, name=path.stem, record=record)
+    if rank() == 0:
+        save(policy, path)
+        plots.curve(curve).save(path.with_suffix(".png"))
+        checkpoint.unlink(missing_ok=True)
+    if distributed.is_initialized():
+        distributed.barrier()
+    return policy, record
+
+
+def _thinned(curve: Sequence[dict[str, Any]], most: int = 100) -> list[dict[str, Any]]:
+    every = -(-len(curve) // most)
+    return [
+        {key: value if key == "epoch" else [round(one, 5) for one in value] for key, value in row.items()}
+        for row in curve[:: max(every, 1)]]
+
+
+def _resumed(checkpoint: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    if not checkpoint.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
+        same = json.loads(state["about"]) == json.loads(json.dumps(about))
+    except Exception as error:
+        raise ConfigError(f"Cannot go on from {checkpoint}: it is damaged ({type(error).__name__}). Remove it, or choose another "
+                          "name.") from error
+    if not same:
+        raise ConfigError(f"{checkpoint} is of another training, with other prompts or settings. Remove it, or choose another "
+                          "name.")
+    return state
+
+
+def rank() -> int:
+    """Number of this process."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of processes."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def mine(numbers: Sequence[int]) -> Sequence[int]:
+    """Those that this process is to do."""
+    return [number for k, number in enumerate(numbers) if k % world() == rank()]
+
+
+def gathered(own: dict[Any, Any]) -> dict[Any, Any]:
+    """The entries of all processes."""
+    if not distributed.is_initialized():
+        return own
+    found: list[dict[Any, Any]] = [{} for _ in range(world())]
+    distributed.all_gather_object(found, own)
+    return {key: value for one in found for key, value in one.items()}
+
+
+def _together(wish: bool) -> bool:
+    """What the first process wishes."""
+    return bool(gathered({"": wish} if rank() == 0 else {})[""])
+
+
+def _batched(numbers: Sequence[int]) -> list[Sequence[int]]:
+    return [numbers[k : k + world()] for k in range(0, len(numbers), world())]

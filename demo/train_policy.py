@@ -1,0 +1,93 @@
+"""Train an adaptive policy for a demo model; started again, it goes on where it ended, and under torchrun it is shared out.
+
+Captions are those of the train split, half of them hard. The test split is for figures only and never seen here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockdance_core.host import train_policy as command
+from demo.architectures import ARCHITECTURES
+from demo.bench.runner import prompts as mixed_captions
+from demo.calibrate import POLICIES
+from demo.hosting import launcher
+from demo.loader import MODELS, empty_latent, load_demo
+
+_SEED = 3_000_000
+"""Noise of neither the calibration nor the benchmark."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python dev.py train-policy", description=__doc__)
+    top.add_argument("--model", choices=MODELS, default="sd3-mini", help="default: %(default)s")
+    top.add_argument("--steps", type=int, help="number of steps (default: the model's own)")
+    for name, kind in (("sampler", str), ("scheduler", str), ("cfg", float)):
+        top.add_argument(f"--{name}", type=kind, help="in place of the model's own")
+    top.add_argument("--prompts", type=int, default=96, help="captions (default %(default)s)")
+    top.add_argument("--batch", type=int, default=4, help="captions sampled together (default %(default)s)")
+    top.add_argument("--policy", type=Path, help="calibrated schedules (default: demo/policies/<model>.safetensors)")
+    top.add_argument("--reward", default="fidelity", help="fidelity, or ssim (default: %(default)s)")
+    top.add_argument("--out", type=Path, metavar="PATH", help="the policy file (default: demo/policies/<model>-ada.safetensors)")
+    top.add_argument("--threads", type=int, default=torch.get_num_threads())
+    command.add_arguments(top)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train; 0 on success."""
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(given)
+    own = ARCHITECTURES[options.model].sampling
+    for name in ("sampler", "scheduler", "cfg", "steps"):
+        if getattr(options, name) is None:
+            setattr(options, name, own[name])
+    launcher.enter(*command.device_arguments())
+    torch.set_num_threads(options.threads)
+    logging.getLogger().setLevel(logging.WARNING)
+    with command.processes():
+        record = _train(options, shlex.join(["python", "dev.py", "train-policy", *given]))
+    if record is not None:
+        print(command.told(record), flush=True)
+    return 0
+
+
+def _train(options: argparse.Namespace, line: str) -> dict[str, Any] | None:
+    from blockdance_core.host.calibrate import depth_of
+    from blockdance_core.host.rewards import by_name
+    from blockdance_core.host.rollout import Prompt
+    from blockdance_core.host.training import rank, train
+    from blockdance_core.policy import SchedulePolicy, load
+
+    demo = load_demo(options.model)
+    base = load(options.policy or POLICIES / f"{options.model}.safetensors")
+    assert isinstance(base, SchedulePolicy)
+    design, settings = command.chosen(options, depth_of(demo.model))
+    first = _SEED + 1000 * options.seed
+    captions = mixed_captions(options.model, "train", options.prompts, first)
+    texts = [captions[start : start + options.batch] for start in range(0, len(captions), options.batch)]
+    prompts = [
+        Prompt(demo.encode(batch), demo.encode([""]), empty_latent(demo.model, len(batch)), first + k, options.steps, options.cfg,
+               options.sampler, options.scheduler)
+        for k, batch in enumerate(texts)
+    ]
+    out = options.out or POLICIES / f"{options.model}-ada.safetensors"
+    with command.console() as progress:
+        _, record = train(
+            demo.model, prompts, out, base, design, settings, by_name(options.reward, demo.vae), texts,
+            record={"model": options.model, "split": "train", "captions": len(captions), "noise": first, "command": line},
+            progress=progress)
+    return None if rank() else record
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

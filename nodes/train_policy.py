@@ -1,0 +1,97 @@
+"""BlockDanceTrainPolicy: BLOCKDANCE_PROFILE -> an adaptive policy file, and how its training went."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from blockdance_core import plots
+from blockdance_core.host import notify
+from blockdance_core.host.measured import Measured
+from blockdance_core.host.paths import new_policy_path
+from blockdance_core.host.rewards import by_name
+from blockdance_core.host.training import CHOICES, Design, further, parse_tradeoffs, train
+from blockdance_core.policy import SchedulePolicy
+from blockdance_core.policy.training import Settings
+
+from .load_policy import PolicyType
+from .profile import ProfileType
+
+
+class BlockDanceTrainPolicy(io.ComfyNode):
+    """Trains a network that decides for each picture; queued again after a stop, it goes on."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Ids and order are API."""
+        return io.Schema(
+            node_id="BlockDanceTrainPolicy",
+            display_name="BlockDance Train Policy",
+            category="model/BlockDance",
+            description="Trains a policy that looks at each picture after a few steps and decides what the others do.",
+            search_aliases=["ada", "adaptive", "policy", "reinforce"],
+            is_output_node=True,
+            inputs=[
+                ProfileType.Input("profile", tooltip="From BlockDance Profile: how to sample, and prompts to train on."),
+                PolicyType.Input("policy", optional=True, tooltip=(
+                    "Calibrated schedules to choose from, of BlockDance Calibrate. Without: uniform groups.")),
+                io.String.Input("policy_name", default="my-adaptive-policy", tooltip="Name of the file in models/blockdance."),
+                io.Combo.Input("choices", options=list(CHOICES), default=CHOICES[0], tooltip=(
+                    "schedules: the network picks one for each picture. steps: it decides every step, as published.")),
+                io.Float.Input("start", default=Design.start, min=0.0, max=0.9, step=0.01, tooltip=(
+                    "Share of the steps that are computed before the network looks. Published: 0.4.")),
+                io.String.Input("tradeoffs", default="1, 2, 4, 8, 16", tooltip=(
+                    "Weights of quality against time saved, one level each; N picks a level. Published: 2.")),
+                io.String.Input("reward", default="fidelity", tooltip=(
+                    "What quality is: fidelity to the full run, ssim, clip, image-reward, or such as ssim + 0.5 clip.")),
+                io.Int.Input("epochs", default=Settings.epochs, min=1, max=100000, tooltip=(
+                    "At most so many passes over the pictures; it stops when held-out ones gain no more.")),
+                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, tooltip="Of weights and draws."),
+                io.String.Input("prompts", default="", multiline=True, tooltip=(
+                    "Further prompts to train on, one a line; needs clip. Sampled like the first of the profile.")),
+                io.Clip.Input("clip", optional=True, tooltip="Reads the prompts, and serves the reward clip."),
+                io.Vae.Input("vae", optional=True, tooltip="For rewards that look at pictures."),
+                io.ClipVision.Input("clip_vision", optional=True, tooltip="For the reward clip."),
+            ],
+            outputs=[
+                PolicyType.Output(display_name="policy", tooltip="For the input `policy` of BlockDance Accelerate."),
+                io.String.Output(display_name="report", tooltip="JSON; its keys are described in the help page."),
+                io.Image.Output(display_name="curve", tooltip="Reward over the passes."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, policy_name: str, tradeoffs: str) -> bool | str:
+        """Says what a name and trade-offs may be."""
+        try:
+            new_policy_path(policy_name)
+            parse_tradeoffs(tradeoffs)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls, profile: Measured, policy_name: str, choices: str, start: float, tradeoffs: str, reward: str, epochs: int, seed: int,
+        prompts: str = "", policy: Any = None, clip: Any = None, vae: Any = None, clip_vision: Any = None,
+    ) -> io.NodeOutput:
+        """Returns the policy, its record as JSON and the curve [1, 300, 960, 3]."""
+        if policy is not None and not isinstance(policy, SchedulePolicy):
+            raise ValueError("The policy that is connected is an adaptive one itself: connect calibrated schedules, or nothing.")
+        judge = by_name(reward, vae, clip, clip_vision)
+        more, lines = further(profile.prompts[0], prompts, clip)
+        sampled = [*profile.prompts, *more]
+        texts = [*([""] * prompt.latent.shape[0] for prompt in profile.prompts), *([line] for line in lines)]
+        bar = notify.picture_bar()
+        trained, record = train(
+            profile.model, sampled, new_policy_path(policy_name), policy, Design(choices=choices, start=start),
+            Settings(tradeoffs=parse_tradeoffs(tradeoffs), epochs=epochs, seed=seed), judge, texts,
+            dict(zip(profile.profile.boundaries, profile.profile.costs, strict=True)),
+            progress=lambda what, done, of, curve: bar(done, of, lambda: plots.curve(curve) if curve else None),
+        )
+        picture = torch.from_numpy(np.asarray(plots.curve(record["curve"]), dtype=np.float32) / 255)[None]
+        return io.NodeOutput(trained, json.dumps(record, allow_nan=False), picture, ui=ui.PreviewImage(picture, cls=cls))
