@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Try, serve, test and measure BlockDance in a real ComfyUI; needs nothing but Python and a network.
 
-``python dev.py demo | serve | test | bench | calibrate | train-demo | host-path``. The first call makes an environment in
-.dev/ (or in BLOCKDANCE_DEV_DIR): a virtual environment, and the host, which is the ComfyUI named by COMFYUI_PATH, or the
-one this folder lies in, or else a pinned release taken from PyPI. Only the standard library is imported here; whatever
-needs torch runs in the environment.
+``python dev.py demo | serve | test | bench | calibrate | train-policy | train-demo | host-path``. The first call makes an
+environment in .dev/ (or in BLOCKDANCE_DEV_DIR): a virtual environment, and the host, which is the ComfyUI named by
+COMFYUI_PATH, or the one this folder lies in, or else a pinned release taken from PyPI. Only the standard library is imported
+here; whatever needs torch runs in the environment.
 """
 
 from __future__ import annotations
@@ -89,6 +89,11 @@ def calibrate(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -
     return run_program(module(env, "demo.calibrate", *rest), env)
 
 
+def train_policy(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Train an adaptive policy for a demo model, or go on where an earlier call ended."""
+    return run_program(module(env, "demo.train_policy", *rest), env)
+
+
 def train_demo(env: Environment, args: argparse.Namespace, rest: Sequence[str]) -> int:
     """Train a demo model from nothing, or go on where an earlier call ended."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process for each core
@@ -146,7 +151,7 @@ def run_program(command: Sequence[str], env: Environment) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="dev.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    usage = "demo | serve | test | bench | calibrate | train-demo | host-path"
+    usage = "demo | serve | test | bench | calibrate | train-policy | train-demo | host-path"
     commands = top.add_subparsers(dest="command", required=True, metavar=usage)
     receivers = {
         demo: "demo/run.py",
@@ -154,6 +159,7 @@ def parser() -> argparse.ArgumentParser:
         test: "pytest",
         bench: "demo/bench",
         calibrate: "demo/calibrate.py",
+        train_policy: "demo/train_policy.py",
         train_demo: "demo/train",
         host_path: None,
     }

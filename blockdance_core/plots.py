@@ -62,21 +62,25 @@ def curve(rows: Sequence[dict[str, Any]]) -> Image.Image:
     image = Image.new("RGB", (_WIDTH, _HEIGHT), _BACKGROUND)
     draw = ImageDraw.Draw(image)
     small = ImageFont.load_default(13)
-    draw.text((_MARGIN, 14), f"pass {rows[-1]['epoch'] if rows else 0}: reward gained since the first pass, held-out (thin: training)",
-              fill=_INK, font=small)
+    title = f"pass {rows[-1]['epoch'] if rows else 0}: reward gained since the first pass, held-out (thin: training)"
+    draw.text((_MARGIN, 14), title, fill=_INK, font=small)
     gains = {
         (name, level): [row[name][level] - rows[0][name][level] for row in rows]
         for name in ("reward", "held_out") for level in range(len(rows[0][name]))
     } if rows else {}
     low, high = (edge((value for line in gains.values() for value in line), default=0.0) for edge in (min, max))
     floor, ceiling, span = _HEIGHT - 30, 46, max(high - low, 1e-9)
+
+    def height(value: float) -> float:
+        return floor - (floor - ceiling) * (value - low) / span
+
     for value in (low, 0.0, high):
-        y = floor - (floor - ceiling) * (value - low) / span
+        y = height(value)
         draw.line((_MARGIN, y, _WIDTH - _MARGIN, y), fill=(60, 64, 70))
         draw.text((4, y - 7), f"{value:+.2g}", fill=_FAINT, font=small)
     for (name, level), line in gains.items():
-        points = [(_MARGIN + (_WIDTH - 2 * _MARGIN) * k / max(len(line) - 1, 1), floor - (floor - ceiling) * (value - low) / span)
-                  for k, value in enumerate(line)]
+        pitch = (_WIDTH - 2 * _MARGIN) / max(len(line) - 1, 1)
+        points = [(_MARGIN + pitch * k, height(value)) for k, value in enumerate(line)]
         draw.line([*points, points[-1]], fill=_LEVELS[level % len(_LEVELS)], width=1 if name == "reward" else 3)
     return image
 

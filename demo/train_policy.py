@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--batch", type=int, default=4, help="captions sampled together (default %(default)s)")
     top.add_argument("--policy", type=Path, help="calibrated schedules (default: demo/policies/<model>.safetensors)")
     top.add_argument("--reward", default="fidelity", help="fidelity, or ssim (default: %(default)s)")
-    top.add_argument("--out", type=Path, metavar="PATH", help="the policy file (default: demo/policies/<model>-ada.safetensors)")
+    top.add_argument("--out", type=Path, metavar="PATH", help="the file (default: demo/policies/<model>-ada.safetensors)")
     top.add_argument("--threads", type=int, default=torch.get_num_threads())
     command.add_arguments(top)
     return top
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with command.processes():
         record = _train(options, shlex.join(["python", "dev.py", "train-policy", *given]))
     if record is not None:
-        print(command.told(record), flush=True)
+        sys.stdout.write(command.told(record) + "\n")
     return 0
 
 
@@ -76,8 +76,8 @@ def _train(options: argparse.Namespace, line: str) -> dict[str, Any] | None:
     captions = mixed_captions(options.model, "train", options.prompts, first)
     texts = [captions[start : start + options.batch] for start in range(0, len(captions), options.batch)]
     prompts = [
-        Prompt(demo.encode(batch), demo.encode([""]), empty_latent(demo.model, len(batch)), first + k, options.steps, options.cfg,
-               options.sampler, options.scheduler)
+        Prompt(demo.encode(batch), demo.encode([""]), empty_latent(demo.model, len(batch)), first + k, options.steps,
+               options.cfg, options.sampler, options.scheduler)
         for k, batch in enumerate(texts)
     ]
     out = options.out or POLICIES / f"{options.model}-ada.safetensors"

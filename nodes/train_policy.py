@@ -76,12 +76,13 @@ class BlockDanceTrainPolicy(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, profile: Measured, policy_name: str, choices: str, start: float, tradeoffs: str, reward: str, epochs: int, seed: int,
-        prompts: str = "", policy: Any = None, clip: Any = None, vae: Any = None, clip_vision: Any = None,
+        cls, profile: Measured, policy_name: str, choices: str, start: float, tradeoffs: str, reward: str, epochs: int,
+        seed: int, prompts: str = "", policy: Any = None, clip: Any = None, vae: Any = None, clip_vision: Any = None,
     ) -> io.NodeOutput:
         """Returns the policy, its record as JSON and the curve [1, 300, 960, 3]."""
         if policy is not None and not isinstance(policy, SchedulePolicy):
-            raise ValueError("The policy that is connected is an adaptive one itself: connect calibrated schedules, or nothing.")
+            raise ValueError("The policy that is connected is an adaptive one itself: connect calibrated schedules, or "
+                             "nothing.")
         judge = by_name(reward, vae, clip, clip_vision)
         more, lines = further(profile.prompts[0], prompts, clip)
         sampled = [*profile.prompts, *more]

@@ -46,7 +46,7 @@ def add_arguments(top: argparse.ArgumentParser) -> None:
         top.add_argument(f"--{name}", type=kind, help=about)
     top.add_argument("--no-baseline", action="store_true", help="do not subtract the mean reward of a group")
     top.add_argument("--no-sharing", action="store_true", help="sample the first steps again in every rollout")
-    top.add_argument("--boundaries", default="", metavar="LIST", help="for steps decided by themselves: block indices, or shares")
+    top.add_argument("--boundaries", default="", metavar="LIST", help="for choices steps: block indices, or shares")
     top.add_argument("--seed", type=int, default=0, help="of noise, weights and draws")
 
 

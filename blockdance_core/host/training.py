@@ -116,7 +116,7 @@ class Pictures:
         """What the network reads of every picture."""
         found: dict[int, list[Reading]] = {}
         for k in mine(range(len(self.prompts))):
-            full = self._rollouts(k).full
+            full = self.rollouts_of(k).full
             start, prompt = self.policy.start, self.prompts[k]
             before, last = [one for step, one in full.estimates if step < start][-2:]
             latent = full.entered[start]
@@ -129,7 +129,9 @@ class Pictures:
         whole = gathered(found)
         return [whole[k][row] for k, row in self.of]
 
-    def ask(self, pairs: Sequence[tuple[int, Chosen]], done: Callable[[dict[tuple[int, Chosen], Outcome]], None]) -> list[Outcome]:
+    def ask(
+        self, pairs: Sequence[tuple[int, Chosen]], done: Callable[[dict[tuple[int, Chosen], Outcome]], None]
+    ) -> list[Outcome]:
         """What choices do to pictures; `done` is told outcomes as they come, also those of other samples of the batches."""
         wanted: dict[int, list[Chosen]] = {}
         for picture, chosen in pairs:
@@ -149,7 +151,7 @@ class Pictures:
         return [known[pair] for pair in pairs]
 
     def _outcomes(self, k: int, chosen: Chosen) -> list[Outcome]:
-        rollouts, plan = self._rollouts(k), self.policy.plan(chosen)
+        rollouts, plan = self.rollouts_of(k), self.policy.plan(chosen)
         replayed = range(max(self.policy.start - self.history, 0)) if self.share else ()
         run = rollouts.run(plan, replayed)
         self.rollouts += 1
@@ -159,7 +161,8 @@ class Pictures:
         cut = sum(1 - self.costs[row.boundary] for row in plan if row) / len(plan)
         return [Outcome(float(quality), cut) for quality in qualities]
 
-    def _rollouts(self, k: int) -> Rollouts:
+    def rollouts_of(self, k: int) -> Rollouts:
+        """The runs of a prompt, the full one made; a few are kept."""
         if k not in self._full:
             self._full[k] = Rollouts(self.model, self.prompts[k])
             self.rollouts += 1
@@ -248,7 +251,7 @@ def _uniform(
 
 
 def measured_costs(model: ModelPatcher, prompt: Prompt, boundaries: Sequence[int]) -> dict[int, float]:
-    """What a reuse step costs as a share of a computed one, measured in a run for each boundary that reuses every other step."""
+    """What a reuse step costs as a share of a computed one; for each boundary a run that reuses every other step is timed."""
     costs = {}
     rollouts = Rollouts(model, prompt)
     for boundary in boundaries:
@@ -345,7 +348,8 @@ def train(
     design, settings, reward = design or Design(), settings or Settings(), reward or Fidelity()
     path = Path(path)
     if len(prompts) < 2:
-        raise ConfigError(f"{len(prompts)} prompt is too few: one is held out to see when to stop. Give two or more, best dozens.")
+        raise ConfigError(f"{len(prompts)} prompt is too few: one is held out to see when to stop. Give two or more, best "
+                          "dozens.")
     if len({(one.sampler, *sigmas_of(model, one)) for one in prompts}) > 1:
         raise ConfigError("The prompts are not sampled alike: all must have the same sampler, scheduler and steps.")
     policy = designed(model, prompts[0], base, design, len(settings.tradeoffs), settings.seed)
@@ -471,8 +475,8 @@ def _resumed(checkpoint: Path, about: dict[str, Any]) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
         same = json.loads(state["about"]) == json.loads(json.dumps(about))
     except Exception as error:
-        raise ConfigError(f"Cannot go on from {checkpoint}: it is damaged ({type(error).__name__}). Remove it, or choose another "
-                          "name.") from error
+        raise ConfigError(f"Cannot go on from {checkpoint}: it is damaged ({type(error).__name__}). Remove it, or choose "
+                          "another name.") from error
     if not same:
         raise ConfigError(f"{checkpoint} is of another training, with other prompts or settings. Remove it, or choose another "
                           "name.")

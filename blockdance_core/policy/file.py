@@ -7,8 +7,9 @@ Kind `schedule` adds JSON lists with one value for each entry: `sampler`, `sched
 shape, `{i}.levels` float32 [steps + 1], `{i}.cut` and `{i}.loss` float32 [plans].
 
 Kind `network` has all that, and in its metadata `trained` (the entry that the network was trained for), `segments` (JSON list
-of their first steps), `level_cuts` (JSON list) and `network` (JSON object, the fields of `NetworkShape`). The options of segment
-j are `segment.{j}.boundary` and so on, [options, steps of the segment]. The weights are `network.{name}`, float32 or float16.
+of their first steps), `level_cuts` (JSON list) and `network` (JSON object, the fields of `NetworkShape`). The options of
+segment j are `segment.{j}.boundary` and so on, [options, steps of the segment]. The weights are `network.{name}`, float32 or
+float16.
 """
 
 from __future__ import annotations

@@ -247,8 +247,8 @@ class Trainer:
             torch.multinomial(part.detach().exp().flatten(0, 1), group, replacement=True, generator=self.generator)
             for part in parts
         ], 2).unflatten(0, (len(pictures), levels))  # [pictures, levels, group, segments]
-        rows = drawn.tolist()
-        pairs = [(picture, tuple(chosen)) for picture, of in zip(pictures, rows, strict=True) for level in of for chosen in level]
+        pairs = [(picture, tuple(chosen)) for picture, of in zip(pictures, drawn.flatten(1, 2).tolist(), strict=True)
+                 for chosen in of]
         outcomes = torch.tensor(self.outcomes(pairs)).view(len(pictures), levels, group, 2)
         rewards = outcomes[..., 1] + self.tradeoffs[:, None] * outcomes[..., 0]
         if self.settings.baseline:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from demo.architectures import ARCHITECTURES
-from demo.bench import latency, methods, page, real_size, runner
+from demo.bench import adaptive, latency, methods, page, real_size, runner
 from demo.hosting import launcher
 from demo.loader import MODELS
 
@@ -48,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
                      help="full-size models with random weights: " + ", ".join(real_size.MODELS))
     top.add_argument("--tokens-scale", type=float, default=1.0, help="of the picture's side, for --real-size")
     top.add_argument("--layers-scale", type=float, default=1.0, help="of the depth, for --real-size")
+    top.add_argument("--adaptive", action="store_true", help="the models' adaptive policies against their static schedules")
+    top.add_argument("--policy", type=Path, metavar="PATH", help="for --adaptive, in place of the model's own")
     top.add_argument("--report", action="store_true", help="write docs/benchmarks.md from docs/benchmarks.json")
     top.set_defaults(scale=1.0)
     return top
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     logging.getLogger().setLevel(logging.WARNING)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    for name in ("--json", "--resume"):  # where files lie on this machine is of no interest to others
+    for name in ("--json", "--resume", "--policy"):  # where files lie on this machine is of no interest to others
         if name in given:
             del given[given.index(name) : given.index(name) + 2]
     command, place = shlex.join(["python", "dev.py", "bench", *given]), environment(options)
@@ -72,6 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.real_size is not None:
         found = {"real_size": {**about, "rows": real_size.measure(options)}}
         print(real_size.table(found["real_size"]["rows"]))
+    elif options.adaptive:
+        found = {"adaptive": {}}
+        for name in _models(options):
+            found["adaptive"][name] = about | adaptive.measure(_fitted(options, name), name)
+            print(adaptive.table(found["adaptive"][name]))
     elif options.latency:
         rows = [row for name in _models(options) for row in latency.measure(_fitted(options, name), name)]
         found = {"latency": {**about, "rows": rows}}

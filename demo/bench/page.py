@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from demo.architectures import ARCHITECTURES
-from demo.bench import latency, methods, real_size
+from demo.bench import adaptive, latency, methods, real_size
 from demo.bench.figures import GOALS, PSNR_CAP, Duel, duel
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def save(path: Path, found: dict[str, Any]) -> None:
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     points = {key(point): point for point in (*data.get("points", ()), *found.get("points", ()))}
     models = data.get("models", {}) | found.get("models", {})
-    data |= {**found, "models": models, "points": list(points.values())}
+    adaptive = data.get("adaptive", {}) | found.get("adaptive", {})
+    data |= {**found, "models": models, "adaptive": adaptive, "points": list(points.values())}
     head = json.dumps({name: value for name, value in data.items() if name != "points"}, indent=1, allow_nan=False)
     lines = ",\n".join(json.dumps(point, allow_nan=False) for point in data["points"])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +61,8 @@ def policies() -> dict[str, SchedulePolicy]:
     """The policies of the demo models that there are."""
     from blockdance_core import policy
 
-    return {path.stem: policy.load(path) for path in sorted(methods.POLICIES.glob("*.safetensors"))}
+    found = {path.stem: policy.load(path) for path in sorted(methods.POLICIES.glob("*.safetensors"))}
+    return {name: one for name, one in found.items() if isinstance(one, policy.SchedulePolicy)}
 
 
 class Group(NamedTuple):
@@ -136,7 +138,7 @@ def render(data: dict[str, Any], policies: Mapping[str, SchedulePolicy]) -> str:
         "# Benchmarks", "", f"Made by `{UPDATE}` from [benchmarks.json](benchmarks.json).", "",
         *_method(data), *_goals(data), *_summary(data),
         *(line for group in groups(data) for line in _section(group)),
-        *_tails(policies), *_sweeps(data),
+        *_tails(policies), *_adaptive(data), *_sweeps(data),
     ])
 
 
@@ -309,6 +311,30 @@ def _sum(levels: Iterable[tuple[int, int]]) -> tuple[int, int]:
 
 def _share(level: tuple[int, int]) -> str:
     return f"{level[0] / level[1]:.0%}" if level[1] else "-"
+
+
+def _adaptive(data: dict[str, Any]) -> Iterator[str]:
+    if not data.get("adaptive"):
+        return
+    yield from ("## Policies that look at the picture", "")
+    yield (
+        "After a few steps a network decides for each picture which of the calibrated schedules it follows. *Static* is the "
+        "calibrated schedule of the same cut for all pictures, or, between two of them, one drawn by lot. SSIM to the full run "
+        "(data range 1); differences are paired, with 95 % intervals of a bootstrap over prompts."
+    )
+    yield ""
+    for name, found in sorted(data["adaptive"].items()):
+        training = found["training"]
+        yield (
+            f"**{name}**, {found['steps']} steps of {found['sampler']}: {found['n']} {found['split']} captions, half of them "
+            f"hard, seed {found['seed']}. It looks at step {found['start']} and chooses among {found['options']} schedules; "
+            f"{found['parameters']:,} parameters. Deciding takes {found['decision_ms']:.1f} ms of a full run's "
+            f"{found['full_ms']:.0f} ({found['decision_ms'] / found['full_ms']:.2%}). Trained on {training['pictures']} "
+            f"pictures, reward {training['reward']}: {training['rollouts']:.0f} rollouts, {training['calls']:.0f} calls of the "
+            f"model, {training['minutes']:g} minutes on {found['environment']['device']} (`{training['command']}`). Measured "
+            f"by `{found['command']}`."
+        )
+        yield from ("", adaptive.table(found), "")
 
 
 def _sweeps(data: dict[str, Any]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from core.test_policy import even, plan_of, policy
+from core.test_policy import even, policy
 
 from blockdance_core.config import Config, ConfigError, Policy
 from blockdance_core.forecast import FORECASTS, Forecast
@@ -116,7 +116,8 @@ def test_every_step_has_options_of_its_own_but_the_last_is_computed() -> None:
     assert looks.plan(chosen) == (*(None,) * 9, HOLD, DEEP, HOLD, *(None,) * 8)
 
 
-@pytest.mark.parametrize(("steps", "share", "expected"), [(30, 0.4, 12), (20, 0.2, 4), (10, 0.1, 2), (50, 0.2, 10), (9, 0.0, 2)])
+@pytest.mark.parametrize(
+    ("steps", "share", "expected"), [(30, 0.4, 12), (20, 0.2, 4), (10, 0.1, 2), (50, 0.2, 10), (9, 0.0, 2)])
 def test_decision_falls_after_its_share_of_the_steps(steps: int, share: float, expected: int) -> None:
     assert step_at(steps, share) == expected
 
@@ -135,7 +136,8 @@ def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], message: str
         dataclasses.replace(looks, **changes)
 
 
-@pytest.mark.parametrize("change", [{"channels": 0}, {"width": 5000}, {"width": 62}, {"text_width": -1}, {"depth": True}, {"heads": 2.0}])
+@pytest.mark.parametrize("change", [
+    {"channels": 0}, {"width": 5000}, {"width": 62}, {"text_width": -1}, {"depth": True}, {"heads": 2.0}])
 def test_sizes_out_of_range_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         NetworkShape(**{"channels": 4, "text_width": 6, "outputs": 2, **change})
@@ -212,21 +214,25 @@ def _rewritten(path: Path, metadata: dict[str, str | None], tensors: dict[str, t
         found, kept = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     found |= {key: value for key, value in metadata.items() if value is not None}
     kept |= {name: value for name, value in tensors.items() if value is not None}
-    gone = {key for key, value in metadata.items() if value is None} | {name for name, value in tensors.items() if value is None}
+    gone = {key for key, value in (*metadata.items(), *tensors.items()) if value is None}
     safetensors.torch.save_file({name: value for name, value in kept.items() if name not in gone}, path,
                                 {key: value for key, value in found.items() if key not in gone})
 
 
 @pytest.mark.parametrize(("metadata", "tensors", "message"), [
-    ({"trained": "7"}, {}, "trained is 7"), ({"trained": None}, {}, "no trained"), ({"segments": "[8.5]"}, {}, "segments are not"),
-    ({"segments": "[]"}, {}, "segments are not"), ({"segments": "[9, 4]"}, {}, "expected"), ({"level_cuts": '["a"]'}, {}, "level_cuts"),
+    ({"trained": "7"}, {}, "trained is 7"), ({"trained": None}, {}, "no trained"),
+    ({"segments": "[8.5]"}, {}, "segments are not"), ({"segments": "[]"}, {}, "segments are not"),
+    ({"segments": "[9, 4]"}, {}, "expected"), ({"level_cuts": '["a"]'}, {}, "level_cuts"),
     ({"level_cuts": "[0.9, 0.1]"}, {}, "ascend"), ({"level_cuts": "[NaN, 0.1]"}, {}, "ascend"),
     ({"network": '{"width": 1e9}'}, {}, "damaged|whole number"), ({"network": '{"os": 1}'}, {}, "damaged"),
-    ({"network": '{"channels": 4, "text_width": 6, "outputs": 6, "width": 4096, "depth": 64, "heads": 2}'}, {}, "expected torch"),
+    ({"network": json.dumps({"channels": 4, "text_width": 6, "outputs": 6, "width": 4096, "depth": 64, "heads": 2})}, {},
+     "expected torch"),
     ({"network": "[]"}, {}, "not a JSON"), ({}, {"network.out.bias": None}, "no tensor network.out.bias"),
-    ({}, {"network.out.bias": torch.full((6,), torch.nan)}, "not finite"), ({}, {"network.out.bias": torch.ones(7)}, "expected"),
+    ({}, {"network.out.bias": torch.full((6,), torch.nan)}, "not finite"),
+    ({}, {"network.out.bias": torch.ones(7)}, "expected"),
     ({}, {"network.out.bias": torch.ones(6, dtype=torch.int64)}, "expected"),
-    ({}, {"segment.0.boundary": None}, "segment.0"), ({}, {"segment.0.boundary": torch.full((3, 12), 99, dtype=torch.int16)}, "99"),
+    ({}, {"segment.0.boundary": None}, "segment.0"),
+    ({}, {"segment.0.boundary": torch.full((3, 12), 99, dtype=torch.int16)}, "99"),
     ({"kind": "other"}, {}, "kind 'other'"), ({"schema_version": "2"}, {}, "schema version 2"),
 ])
 def test_damaged_files_are_refused_with_their_name(
@@ -268,6 +274,12 @@ def readings(count: int) -> tuple[list[Reading], list[bool]]:
     return made, hard
 
 
+def said(network: DecisionNetwork, reading: Reading) -> torch.Tensor:
+    assert reading.text is not None
+    logits: torch.Tensor = network(reading.cells[None], reading.places, reading.text[None])
+    return logits
+
+
 def world(hard: list[bool], options: int) -> tuple[Any, list[Any]]:
     """Flat pictures lose nothing, rough ones everything that is reused; returns the function and what it was asked."""
     asked: list[Any] = []
@@ -298,7 +310,7 @@ def test_enumerated_training_gives_each_kind_of_picture_its_own_and_asks_once() 
     done = teach.finished()
     assert len(asked) == len(set(asked)) == 24 * 3
     assert done.cuts == pytest.approx((0.45, 0.9), abs=0.01)
-    logits = torch.cat([done.network(r.cells[None], r.places, None if r.text is None else r.text[None]) for r in teach.readings])
+    logits = torch.cat([said(done.network, reading) for reading in teach.readings])
     careful = logits.view(24, 2, -1)[:, 0].argmax(1).tolist()
     assert [index == 0 for index in careful] == hard, "at the careful level rough pictures are computed, flat ones reused"
     assert sum(teach.curve[-1]["held_out"]) > sum(teach.alike()), "better than one choice for all"
@@ -318,7 +330,7 @@ def test_sampled_training_finds_it_too() -> None:
     while not teach.over:
         teach.step()
     teach.finished()
-    logits = torch.cat([looks.network(r.cells[None], r.places, None if r.text is None else r.text[None]) for r in read])
+    logits = torch.cat([said(looks.network, reading) for reading in read])
     reused = [sum(looks.likeliest(row)) for row in logits]
     assert [count < 2 for count in reused] == hard
 
@@ -340,7 +352,8 @@ def test_training_goes_on_exactly_where_it_was_interrupted() -> None:
         second.step()
     assert second.curve == whole.curve
     assert asked == []
-    assert all(torch.equal(a, b) for a, b in zip(second.finished().network.parameters(), whole.finished().network.parameters(), strict=True))
+    pairs = zip(second.finished().network.parameters(), whole.finished().network.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_pictures_of_one_prompt_are_held_out_together() -> None:
