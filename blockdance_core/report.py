@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from blockdance_core.schedule import CACHE, REUSE
+from blockdance_core.schedule import CACHE, REUSE, Schedule
 from blockdance_core.session import Choice, ModelState, Session
 
 SCHEMA_VERSION = 1
@@ -26,16 +26,17 @@ def run_record(session: Session, *, completed: bool = True) -> dict[str, Any]:
         `blocks_run` (per run of the model, mean over a step), `block_runs` and `block_runs_full` (of the whole run, and of one
         that skips none), `calls`, `reused_steps`, `reused_calls`, `fallbacks`,
         `dit_ms`, `cached_bytes` (peak), `predicted_bytes`, `cut_arithmetic`, `model_family`, `warnings`, `config`, and
-        `adaptive`: null, or what an adaptive policy decided: `step`, `milliseconds`, for every sample its `decisions` (a
-        letter a step: C computes, R reuses) and for every part of the batch that went on by itself its `samples`.
+        `adaptive`: null, or what an adaptive policy decided: `step`, `milliseconds`, the `decisions` that it wants for every
+        sample (a letter a step: C computes, R reuses), and for every part of the batch that went on by itself its `samples`
+        and `decisions`. Runs of blocks and of the model count with the share of the batch that was in them.
     """
     steps = len(session.figures)
     state: ModelState | None = next(iter(session.models.values()), None)
     decisions = [session.decision(step) for step in range(steps)]
-    shown = state.parts[0] if state and state.parts else state
+    shown = max(state.parts, key=lambda part: part.schedule.cut(len(part.blocks))) if state and state.parts else state
     depth = len(state.blocks) if state else 0
     blocks_run = [_plain(figures.blocks / figures.passes) if figures.passes else 0 for figures in session.figures]
-    block_runs, full = (sum(getattr(figures, name) for figures in session.figures) for name in ("blocks", "depth"))
+    block_runs, full = (_plain(sum(getattr(figures, name) for figures in session.figures)) for name in ("blocks", "depth"))
     return {
         "schema_version": SCHEMA_VERSION,
         "completed": completed,
@@ -117,6 +118,8 @@ def summary(run: dict[str, Any]) -> str:
         return f"BlockDance: {'; '.join(run['warnings']) or 'no steps'}"
     parts = [f"{run['model_family'] or 'model not accelerated'}", run["window"]["text"],
              f"{run['reused_steps']} reused"]
+    mixed = run["decisions"].count("mixed")
+    parts += [f"{mixed} in part"] if mixed else []
     medians = step_medians(run)
     if medians["reuse"] is not None and medians["compute"] is not None:
         parts.append(f"compute {medians['compute']:.4g} ms, reuse {medians['reuse']:.4g} ms per step")
@@ -140,7 +143,7 @@ def _window(inside: Sequence[int], steps: int) -> dict[str, Any]:
     }
 
 
-def _cut(block_runs: int, full: int) -> float:
+def _cut(block_runs: float, full: float) -> float:
     return round(1 - block_runs / full, 4) if full else 0.0
 
 
@@ -149,10 +152,15 @@ def _adaptive(choice: Choice | None) -> dict[str, Any] | None:
         return None
     return {
         "step": choice.step, "milliseconds": round(choice.milliseconds, 3),
-        "decisions": ["".join("R" if step.decision == REUSE else "C" for step in one.steps) for one in choice.schedules],
-        "parts": [{"samples": list(samples)} for samples, _ in choice.parts],
+        "decisions": [_letters(schedule) for schedule in choice.wanted],
+        "parts": [{"samples": list(samples), "decisions": _letters(schedule)} for samples, schedule in choice.parts],
     }
 
 
+def _letters(schedule: Schedule) -> str:
+    return "".join("R" if step.decision == REUSE else "C" for step in schedule.steps)
+
+
 def _plain(value: float) -> float:
-    return int(value) if value == int(value) else round(value, 2)
+    value = round(value, 2)
+    return int(value) if value == int(value) else value

@@ -40,11 +40,13 @@ class Schedule:
         steps: One row per executed step.
         window: Indices of the executed steps inside the window, ascending.
         warnings: What the user should know about this plan.
+        looks_at: The step at which a policy looks at the picture, and decides this one and those behind it; or None.
     """
 
     steps: tuple[Step, ...]
     window: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
+    looks_at: int | None = None
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -64,6 +66,8 @@ class Schedule:
     @property
     def kept(self) -> int:
         """Most features that a stream ever has of one boundary, if all goes as planned."""
+        if self.looks_at is not None:
+            return self.needed
         return min(self.needed, sum(bool(step.record) for step in self.steps))
 
     def cut(self, depth: int) -> float:

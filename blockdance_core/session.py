@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from blockdance_core.config import QUALITIES, Config, Effective, resolve
 from blockdance_core.guard import ORDERS, Guard
 from blockdance_core.interception import intercept, taps
 from blockdance_core.policy import AdaptivePolicy
+from blockdance_core.policy.adaptive import Part, parts_of
 from blockdance_core.policy.network import Sight
 from blockdance_core.schedule import COMPUTE, REUSE, Schedule, Step, build
 from blockdance_core.streams import FeatureCache
@@ -28,22 +28,23 @@ from blockdance_core.visit import CallInfo, Moment, Visit
 
 _LEAD = 1 / 8
 """Share of the steps that are computed first where nothing but the guard decides."""
-_LOST = 0.1
-"""What a call of a part of the batch costs more than its share, as a share of the whole call: then splitting may not pay."""
 _LIMIT = 4
 """Stored bytes never exceed this many times the prediction, however many streams turn up later."""
 
 
 @dataclasses.dataclass
 class StepFigures:
-    """Counts of one executed step. A call runs the model once, or more often where another node makes it."""
+    """Counts of one executed step. A call runs the model once, or more often where another node makes it.
+
+    The runs of the model and of its blocks count with the share of the batch that is in them.
+    """
 
     calls: int = 0
-    passes: int = 0
+    passes: float = 0
     reused: int = 0
     stored: int = 0
-    blocks: int = 0
-    depth: int = 0
+    blocks: float = 0
+    depth: float = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,36 +53,15 @@ class Choice:
 
     Attributes:
         step: Where it looked.
-        schedules: What it wants of each sample.
-        parts: Samples that go on together, with their schedule; one part where splitting would cost more than it saves.
+        wanted: What it wants of each sample.
+        parts: Samples that go on together, and how.
         milliseconds: What looking and deciding took.
     """
 
     step: int
-    schedules: tuple[Schedule, ...]
-    parts: tuple[tuple[tuple[int, ...], Schedule], ...]
+    wanted: tuple[Schedule, ...]
+    parts: tuple[Part, ...]
     milliseconds: float
-
-
-def parts_of(schedules: Sequence[Schedule], depth: int, together: bool) -> tuple[tuple[tuple[int, ...], Schedule], ...]:
-    """Which samples go on together.
-
-    Args:
-        schedules: What is wanted of each sample.
-        depth: Number of blocks.
-        together: Whether they have to.
-
-    Returns:
-        The samples of each part, with its schedule. As one, all do what saves least.
-    """
-    wanted: dict[Schedule, list[int]] = {}
-    for sample, schedule in enumerate(schedules):
-        wanted.setdefault(schedule, []).append(sample)
-    careful = min(wanted, key=lambda schedule: schedule.cut(depth))
-    apart = sum(len(rows) / len(schedules) * (1 - schedule.cut(depth)) for schedule, rows in wanted.items())
-    if together or apart + _LOST * (len(wanted) - 1) >= 1 - careful.cut(depth):
-        return ((tuple(range(len(schedules))), careful),)
-    return tuple((tuple(rows), schedule) for schedule, rows in wanted.items())
 
 
 def planned(config: Config, effective: Effective, levels: Sequence[float], sampler: str) -> Schedule:
@@ -165,18 +145,16 @@ class ModelState:
 
     def follow(self, choice: Choice) -> None:
         """From here on it goes as an adaptive policy decided."""
-        if len(choice.parts) == 1:
-            self.replan(choice.parts[0][1], choice.step)
+        parts = choice.parts if self.divisible else parts_of(choice.wanted, len(self.blocks), together=True)
+        if len(parts) == 1:
+            self.replan(parts[0][1], choice.step)
             return
-        batch = len(choice.schedules)
-        for rows, schedule in choice.parts:
+        caches = self.cache.divided([rows for rows, _ in parts], len(choice.wanted))
+        for (_, schedule), cache in zip(parts, caches, strict=True):
             part = copy.copy(self)
-            part.cache = self.cache.selected(torch.tensor(rows), _of_rows(batch, len(rows)))
-            part.cache.limit = self.cache.limit * len(rows) / batch
-            part.parts = []
+            part.cache, part.parts = cache, []
             part.replan(schedule, choice.step)
             self.parts.append(part)
-        self.cache.clear()
         self.schedule = Schedule((Step(),) * len(self.schedule.steps))
 
     def replan(self, schedule: Schedule, step: int) -> None:
@@ -184,6 +162,7 @@ class ModelState:
         groups = [row.group for row in schedule.steps]
         self.schedule = schedule
         self.cache.regroup(groups)
+        self.cache.retain(self.taps(*schedule.boundaries))
         if groups[step - 1] is not None:  # that group has begun
             self.group, self.group_starts = groups[step - 1], [0, step - 1]
 
@@ -232,6 +211,8 @@ class Session:
         listener: Told (step, decision) when a step is finished.
         sampler: Name of the sampler, for a policy.
         accepted: How much of the guard's tolerance an error may take at each noise level; none for all of it.
+        text: Text embedding [B, T, D], for a policy that looks at it.
+        together: Whether the samples of a batch must go on together, whatever such a policy wants of each.
     """
 
     def __init__(
@@ -242,6 +223,8 @@ class Session:
         listener: Callable[[int, str], None] | None = None,
         sampler: str = "",
         accepted: Sequence[float] = (),
+        text: torch.Tensor | None = None,
+        together: bool = False,
     ) -> None:
         self.config = config
         self.sampler = sampler
@@ -263,10 +246,8 @@ class Session:
         self.condition: Hashable = None
         self.caller: Hashable = None  # the guidance function that makes the current calls
         self.shape: Sequence[int] | None = None
-        policy = config.policy if config.active and isinstance(config.policy, AdaptivePolicy) else None
-        looks_at = policy.looks_at(self.levels, sampler, config.group_size) if policy else None
-        self.looking = policy if isinstance(looks_at, int) else None  # until it has decided
-        self.looks_at = looks_at
+        self.text = text
+        self.together = together or config.guarded
         self.choice: Choice | None = None
         self._estimates: deque[torch.Tensor] = deque(maxlen=2)
         self._occurrences: defaultdict[Hashable, int] = defaultdict(int)
@@ -278,7 +259,7 @@ class Session:
     @contextlib.contextmanager
     def evaluation(
         self, sigma: float, condition: Hashable = None, shape: Sequence[int] | None = None,
-        look: Callable[[], tuple[torch.Tensor, torch.Tensor | None]] | None = None,
+        latent: torch.Tensor | None = None,
     ) -> Iterator[None]:
         """Wraps one evaluation of the model, of one or more calls; its streams are numbered afresh.
 
@@ -286,7 +267,7 @@ class Session:
             sigma: Noise level.
             condition: What else must not change between storing and reusing, such as the ControlNets in force.
             shape: Of the whole latent, if known.
-            look: Gives the latent [B, C, ...] and the text embedding [B, T, D], where they are known.
+            latent: [B, C, ...], if known.
         """
         # Where a stream is evaluated more or less often than last time, numbers may have shifted: then nothing is reused.
         shifted = any(self._numbers.get(stream, count) != count for stream, count in self._occurrences.items())
@@ -304,9 +285,8 @@ class Session:
             self._tell()
         self.evaluations += 1
         self.step, self.sigma, self.condition = step, sigma, condition
-        if self.looking is not None and isinstance(self.looks_at, int) and step >= self.looks_at:
-            self._decide(self.looking, look)
-            self.looking = None
+        if self.looks_at is not None and step >= self.looks_at:
+            self._decide(latent)
             self._estimates.clear()
         self.evaluating = True
         try:
@@ -314,31 +294,36 @@ class Session:
         finally:
             self.evaluating = False
 
+    @property
+    def looks_at(self) -> int | None:
+        """The step at which a policy is still to look at the picture."""
+        return next((k for state in self.models.values() if (k := state.schedule.looks_at) is not None), None)
+
     def saw(self, estimate: torch.Tensor) -> None:
         """An evaluation gave this estimate of the clean latent [B, C, ...]."""
-        if self.looking is not None:
+        if self.looks_at is not None:
             self._estimates.append(estimate)
 
-    def _decide(
-        self, policy: AdaptivePolicy, look: Callable[[], tuple[torch.Tensor, torch.Tensor | None]] | None
-    ) -> None:
-        begun, step = time.perf_counter(), self.step
-        latent, text = look() if look is not None else (None, None)
+    def _decide(self, latent: torch.Tensor | None) -> None:
+        begun, step, policy = time.perf_counter(), self.step, self.config.policy
+        assert isinstance(policy, AdaptivePolicy)
+        states = list(self.models.values())
         if latent is None or [one.shape for one in self._estimates] != [latent.shape] * 2:
             self.warn("the latent was not seen where the policy looks at the picture: its static schedule is used")
-            schedules: tuple[Schedule, ...] = (policy.base.schedule(self.levels, self.sampler, self.config.group_size),)
-        else:
-            before, last = self._estimates
-            sight = Sight(latent, last, last - before, text)
-            schedules = policy.decide(sight, self.levels, self.config.group_size, step)
-        states = list(self.models.values())
-        together = self.config.guarded or not all(state.divisible for state in states)
-        parts = parts_of(schedules, policy.base.depth, together)
-        self.choice = Choice(step, schedules, parts, (time.perf_counter() - begun) * 1000)
+            for state in states:
+                state.replan(policy.base.schedule(self.levels, self.sampler, self.config.group_size), step)
+            return
+        before, last = self._estimates
+        sight = Sight(latent, last, last - before, self.text)
+        wanted = policy.decide(sight, self.levels, self.config.group_size, step)
+        together = self.together or not all(state.divisible for state in states)
+        parts = parts_of(wanted, policy.base.depth, together)
+        self.choice = Choice(step, wanted, parts, (time.perf_counter() - begun) * 1000)
         for state in states:
             state.follow(self.choice)
-        if states and parts[0][1].steps[step - 1].group is not None:  # what the step before stored serves a group
-            self.figures[step - 1].stored += 1
+        figures = self.figures[step - 1]
+        if figures.calls and any(schedule.steps[step - 1].group is not None for _, schedule in parts):
+            figures.stored += 1  # what it stored now serves a group
 
     def split(self, owner: object, rows: int, chunks: int) -> list[list[int]] | None:
         """The rows of a call that go together, one list for each part of the batch; None for all in one.
@@ -351,7 +336,7 @@ class Session:
         state = self.models.get(id(owner))
         if state is None or not state.parts or self.choice is None:
             return None
-        batch = len(self.choice.schedules)
+        batch = len(self.choice.wanted)
         if rows != batch * chunks:
             return None
         return [[chunk * batch + row for chunk in range(chunks) for row in samples] for samples, _ in self.choice.parts]
@@ -402,11 +387,12 @@ class Session:
         with self._lock:
             state = self._state(owner, diffusion_model)
             figures.calls += 1
+            share = 1.0  # of the batch
             if state is not None and state.parts:
                 if part is None:
                     self.fallbacks["the samples of this call cannot be told apart"] += 1
-                else:
-                    state = state.parts[part]
+                elif self.choice is not None:
+                    state, share = state.parts[part], len(self.choice.parts[part][0]) / len(self.choice.wanted)
             visit = None
             if state is not None and state.active:
                 info, moment = state.streams_of(describe()), Moment(self.step, self.evaluations, self.sigma)
@@ -424,9 +410,9 @@ class Session:
                 self.warn(*visit.warnings)
                 figures.reused += visit.reused
                 figures.stored += visit.stored and visit.plan.group is not None
-                figures.blocks -= visit.skipped
+                figures.blocks -= share * visit.skipped
             if state is not None:
-                passes = max(visit.passes, 1) if visit is not None else 1
+                passes = share * (max(visit.passes, 1) if visit is not None else 1)
                 figures.passes += passes
                 figures.blocks += passes * len(state.blocks)
                 figures.depth += passes * len(state.blocks)
@@ -446,6 +432,8 @@ class Session:
             self._lock.wait_for(lambda: not self._under_way)
         if self.evaluations:
             self._tell()
+        self._estimates.clear()
+        self.text = None
         self.listener = None  # it refers back to the session: a cycle would keep the model until the next collection
         for state in self.models.values():
             state.forget()
@@ -488,15 +476,6 @@ class Session:
             streams.append((*identity, self._occurrences[counted]))
             self._occurrences[counted] += 1
         return tuple(streams)
-
-
-def _of_rows(batch: int, rows: int) -> Callable[[Hashable], Hashable | None]:
-    """Gives the key of a stream of some samples, from that of the whole batch, see `Visit.at_input`."""
-    def renamed(key: Any) -> Hashable | None:
-        stream, passes, of, signature = key
-        return (stream, passes, rows, signature) if of == batch else None
-
-    return renamed
 
 
 def step_of(sigmas: Sequence[float], sigma: float, current: int) -> int:

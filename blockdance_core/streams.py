@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,22 @@ from blockdance_core.interception import Feature, nbytes
 
 StreamKey = Hashable
 """Tells one stream of evaluations from every other: model, conditioning, window, occurrence, patches, shape, device."""
+
+
+class CallKey(NamedTuple):
+    """The stream of one chunk of a call, where it holds one row for each sample.
+
+    Attributes:
+        stream: Model, conditioning, window, occurrence and patches.
+        passes: Number of the pass of the model in the call.
+        rows: Rows of the chunk.
+        signature: Shape, dtype and device of what enters block 0.
+    """
+
+    stream: Hashable
+    passes: int
+    rows: int
+    signature: Hashable
 
 
 @dataclasses.dataclass
@@ -183,20 +200,32 @@ class FeatureCache:
             for entry in history:
                 entry.group = groups[entry.step]
 
-    def selected(self, rows: Tensor, rename: Callable[[StreamKey], StreamKey | None]) -> FeatureCache:
-        """A cache with some rows of every feature, as new tensors; streams that `rename` gives no key are left out."""
-        part = FeatureCache(self.anchored, self.keep)
-        part.device = self.device
-        for (key, boundary), history in self._entries.items():
-            renamed = rename(key)
-            if renamed is not None:
-                part._seen[renamed] = self._seen[key]
-                part._replace(renamed, boundary, [
-                    dataclasses.replace(entry, feature=tuple(
-                        None if one is None else one.index_select(0, rows.to(one.device)) for one in entry.feature))
-                    for entry in history
-                ])
-        return part
+    def divided(self, parts: Sequence[Sequence[int]], batch: int) -> list[FeatureCache]:
+        """One cache for each part of the samples, of new tensors; this one is empty behind it.
+
+        What does not hold one row for each of `batch` samples is dropped, and what memory is not enough for.
+        """
+        caches = [FeatureCache(self.anchored, self.keep) for _ in parts]
+        for part, rows in zip(caches, parts, strict=True):
+            part.device, part.limit = self.device, self.limit * len(rows) / batch
+        for (key, boundary), history in list(self._entries.items()):
+            for part, rows in zip(caches, parts, strict=True):
+                if isinstance(key, CallKey) and key.rows == batch:
+                    renamed = key._replace(rows=len(rows))
+                    part._seen[renamed] = self._seen[key]
+                    try:
+                        part._replace(renamed, boundary, [_copied(entry, rows) for entry in history])
+                    except RuntimeError as error:
+                        if not out_of_memory(error):
+                            raise
+            self._replace(key, boundary, [])
+        self.clear()
+        return caches
+
+    def retain(self, boundaries: Collection[int]) -> None:
+        """Drop what was stored at other boundaries."""
+        for slot in [slot for slot in self._entries if slot[1] not in boundaries]:
+            self._replace(*slot, [])
 
     def drop_unseen(self, since_step: int) -> None:
         """Drop every stream that stored nothing since a step."""
@@ -243,6 +272,11 @@ class FeatureCache:
             self._entries[key, boundary] = history
         self.stored_bytes += sum(nbytes(entry.feature) for entry in history) - sum(nbytes(entry.feature) for entry in before)
         self.peak_bytes = max(self.peak_bytes, self.stored_bytes)
+
+
+def _copied(entry: Entry, rows: Sequence[int]) -> Entry:
+    """Some rows of an entry."""
+    return dataclasses.replace(entry, feature=tuple(None if one is None else one[list(rows)] for one in entry.feature))
 
 
 def _saturated(value: Tensor, dtype: torch.dtype) -> Tensor:

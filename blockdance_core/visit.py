@@ -12,7 +12,7 @@ from blockdance_core.families import FlowCheck
 from blockdance_core.forecast import Forecast
 from blockdance_core.interception import Feature, Passage, cloned, nbytes, signature
 from blockdance_core.schedule import REUSE, Step
-from blockdance_core.streams import NO_MEMORY, Entry, StreamKey, out_of_memory
+from blockdance_core.streams import NO_MEMORY, CallKey, Entry, StreamKey, out_of_memory
 
 if TYPE_CHECKING:
     from blockdance_core.session import ModelState
@@ -137,7 +137,7 @@ class Visit:
             return None
         parts = tuple(part for part in feature if part is not None)
         rows = self.info.rows // len(self.streams)
-        now.keys = tuple((stream, self.passes, rows, signature(parts)) for stream in self.streams)
+        now.keys = tuple(CallKey(stream, self.passes, rows, signature(parts)) for stream in self.streams)
         try:
             if now.boundary is not None:
                 injected = self._forecasts(now, feature)

@@ -50,7 +50,8 @@ class BlockDanceTrainPolicy(io.ComfyNode):
                     "What quality is: fidelity to the full run, ssim, clip, image-reward, or such as ssim + 0.5 clip.")),
                 io.Int.Input("epochs", default=Settings.epochs, min=1, max=100000, tooltip=(
                     "At most so many passes over the pictures; it stops when held-out ones gain no more.")),
-                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, tooltip="Of weights and draws."),
+                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=False,
+                             tooltip="Of weights and draws."),
                 io.String.Input("prompts", default="", multiline=True, tooltip=(
                     "Further prompts to train on, one a line; needs clip. Sampled like the first of the profile.")),
                 io.Clip.Input("clip", optional=True, tooltip="Reads the prompts, and serves the reward clip."),

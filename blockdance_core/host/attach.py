@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from comfy import model_management
 from comfy.model_patcher import create_model_options_clone
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, get_all_wrappers
 
 from blockdance_core import families
 from blockdance_core.config import Config, Effective, resolve
@@ -138,11 +138,13 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
     sampler = sampler_name(args[2] if len(args) > 2 else kwargs["sampler"])
     # A latent of several parts (video and audio) arrives flattened into one row; its shapes come beside it.
     shapes = kwargs.get("latent_shapes") or [args[0].shape if args else kwargs["noise"].shape]
-    if handle.config.active and isinstance(handle.config.policy, AdaptivePolicy):
-        text = identity.text(guider.conds, shapes[0][0])
-        handle.config.policy.require(shapes[0][1] if len(shapes) == 1 else 1, None if text is None else text.shape[2])
+    text, policy = None, handle.config.policy if handle.config.active else None
+    if isinstance(policy, AdaptivePolicy):
+        text = identity.text(getattr(guider, "conds", {}), shapes[0][0])
+        policy.require(shapes[0][1] if len(shapes) == 1 else 1, None if text is None else text.shape[2])
     accepted = accepted_errors(model_sampling, sigmas) if handle.config.guarded else []
-    session = Session(handle.config, sigmas, levels, tell, sampler, accepted)
+    together = bool(get_all_wrappers(WrappersMP.DIFFUSION_MODEL, guider.model_options, is_model_options=True))
+    session = Session(handle.config, sigmas, levels, tell, sampler, accepted, text, together)
     plan = planned(handle.config, handle.effective, levels, sampler)
     session.announced_bytes = _announced_bytes(handle, guider.model_patcher, shapes, plan)
     before = guider.model_options
@@ -238,7 +240,7 @@ def _predict_noise(
     sigma = float(timestep.reshape(-1)[0])  # synchronises the GPU, once per evaluation
     conds = getattr(executor.class_obj, "conds", {})
     controls = identity.active_controls(conds, sigma)
-    with session.evaluation(sigma, controls, x.shape, lambda: (x, identity.text(conds, x.shape[0]))):
+    with session.evaluation(sigma, controls, x.shape, x):
         estimate = executor(x, timestep, model_options, *args, **kwargs)
         session.saw(estimate)
         return estimate
@@ -277,8 +279,9 @@ def _apply_model(
         parts = session.split(model, x.shape[0], len(options.get("cond_or_uncond", ())))
         if parts is None:
             return run(None, *given)
-        return batch.joined(
-            [run(number, *batch.taken(given, rows, x.shape[0])) for number, rows in enumerate(parts)], parts)
+        indices = [torch.tensor(rows, device=x.device) for rows in parts]
+        results = [run(number, *batch.taken(given, rows, x.shape[0])) for number, rows in enumerate(indices)]
+        return batch.joined(results, indices)
 
 
 def _session_in(options: dict[str, Any]) -> Session | None:

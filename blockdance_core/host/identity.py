@@ -73,8 +73,8 @@ def text(conds: dict[str, list[dict[str, Any]]], rows: int) -> torch.Tensor | No
     Those that are as wide as the first count. Host: `cross_attn` of a converted conditioning.
     """
     entries = conds.get("positive") or next(iter(conds.values()), None) or []
-    found = [entry["cross_attn"] for entry in entries if isinstance(entry.get("cross_attn"), torch.Tensor)]
-    found = [one for one in found if one.ndim == 3 and one.shape[2] == found[0].shape[2]]
+    found = [one for one in (entry.get("cross_attn") for entry in entries) if isinstance(one, torch.Tensor) and one.ndim == 3]
+    found = [one for one in found if one.shape[2] == found[0].shape[2]]
     if not found:
         return None
     return torch.cat([one[torch.arange(rows) % one.shape[0]].to(found[0]) for one in found], 1)

@@ -105,7 +105,9 @@ def console() -> Iterator[Progress]:
     def show(what: str, done: int, of: int, curve: Sequence[dict[str, Any]]) -> None:
         if rank():
             return
-        bar = bars.setdefault(what, tqdm(desc=what, file=sys.stderr))
+        if what not in bars:
+            bars[what] = tqdm(desc=what, file=sys.stderr)
+        bar = bars[what]
         bar.total = of
         bar.update(done - bar.n)
         if curve:
@@ -241,7 +243,7 @@ def _prompt(options: argparse.Namespace, model: Any, clip: Any, line: str, seed:
 
     try:
         sides = [int(part) for part in options.size.lower().split("x")]
-        width, height, frames = (*sides, 1)[:3]
+        width, height, frames = (*sides, 1)[: max(len(sides), 3)]
     except ValueError:
         raise ValueError(f"--size {options.size!r} is no size: expected such as 1024x1024, or 832x480x81.") from None
     form = model.get_model_object("latent_format")

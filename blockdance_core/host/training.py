@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -150,6 +151,7 @@ class Pictures:
             done(found)
         return [known[pair] for pair in pairs]
 
+    @torch.inference_mode()  # as the host runs its nodes: weights that were loaded so cannot be moved otherwise
     def _outcomes(self, k: int, chosen: Chosen) -> list[Outcome]:
         rollouts, plan = self.rollouts_of(k), self.policy.plan(chosen)
         replayed = range(max(self.policy.start - self.history, 0)) if self.share else ()
@@ -161,6 +163,7 @@ class Pictures:
         cut = sum(1 - self.costs[row.boundary] for row in plan if row) / len(plan)
         return [Outcome(float(quality), cut) for quality in qualities]
 
+    @torch.inference_mode()
     def rollouts_of(self, k: int) -> Rollouts:
         """The runs of a prompt, the full one made; a few are kept."""
         if k not in self._full:
@@ -250,6 +253,7 @@ def _uniform(
     return SchedulePolicy("uniform groups", family, depth, (entry,))
 
 
+@torch.inference_mode()
 def measured_costs(model: ModelPatcher, prompt: Prompt, boundaries: Sequence[int]) -> dict[int, float]:
     """What a reuse step costs as a share of a computed one; for each boundary a run that reuses every other step is timed."""
     costs = {}
@@ -283,7 +287,8 @@ def further(like: Prompt, lines: str, clip: Any) -> tuple[list[Prompt], list[str
     single = dataclasses.replace(like, latent=like.latent[:1], batch_index=None,
                                  noise_mask=None if like.noise_mask is None else like.noise_mask[:1])
     return [
-        dataclasses.replace(single, positive=clip.encode_from_tokens_scheduled(clip.tokenize(text)), seed=like.seed + 1 + k)
+        dataclasses.replace(single, positive=clip.encode_from_tokens_scheduled(clip.tokenize(text)),
+                            seed=(like.seed + 1 + k) % 2**64)
         for k, text in enumerate(texts)
     ], texts
 
@@ -318,6 +323,7 @@ def _unlike(one: Plan, other: Plan) -> int:
                for a, b in zip(one, other, strict=True))
 
 
+@torch.inference_mode(False)  # the host runs its nodes in it, and nothing can be learnt there
 def train(
     model: ModelPatcher, prompts: Sequence[Prompt], path: str | os.PathLike[str], base: SchedulePolicy | None = None,
     design: Design | None = None, settings: Settings | None = None, reward: Reward | None = None,
@@ -360,7 +366,8 @@ def train(
         "options": [len(segment.options) for segment in policy.segments], "trained": policy.entry.key,
     }
     checkpoint = path.with_name(f"{path.name}.training")
-    before = _resumed(checkpoint, about)
+    inputs = hashlib.sha256(repr(([list(some) for some in texts], policy.segments)).encode()).hexdigest()
+    before = _resumed(checkpoint, about, inputs)
     if before is not None:
         costs = {int(key): value for key, value in before["costs"].items()}
     elif costs is None or not set(boundaries) <= set(costs):
@@ -379,31 +386,27 @@ def train(
         total["seconds"] = time.perf_counter() - begun
         return {name: round(value + spent.get(name, 0), 1) for name, value in total.items()}
 
-    fresh: dict[tuple[int, Chosen], Outcome] = {}  # what is not yet the trainer's
-
     def keep() -> None:
         now = cost()
         if rank() or trainer is None:
             return
-        state = trainer.state()
-        state["known"] += [[picture, list(chosen), *outcome] for (picture, chosen), outcome in fresh.items()]
         written = checkpoint.with_name(f"{checkpoint.name}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({
-            "about": json.dumps(about), "costs": {str(key): value for key, value in pictures.costs.items()}, "spent": now,
-            "trainer": state, "readings": [list(reading) for reading in readings],
+            "about": json.dumps(about), "inputs": inputs, "spent": now, "trainer": trainer.state(),
+            "costs": {str(key): value for key, value in pictures.costs.items()},
+            "readings": [list(reading) for reading in readings],
         }, written)
         os.replace(written, checkpoint)
 
     saved = time.perf_counter()
 
     def ask(pairs: Sequence[tuple[int, Chosen]]) -> Sequence[Outcome]:
-        fresh.clear()
-
         def done(found: dict[tuple[int, Chosen], Outcome]) -> None:
             nonlocal saved
-            fresh.update(found)
-            progress("pictures", sum(pair in fresh for pair in pairs), len(pairs), curve)
+            assert trainer is not None
+            trainer.known.update(found)
+            progress("pictures", sum(pair in trainer.known for pair in pairs), len(pairs), curve)
             if _together(time.perf_counter() - saved > _SAVED_EVERY):
                 keep()
                 saved = time.perf_counter()
@@ -468,12 +471,12 @@ def _thinned(curve: Sequence[dict[str, Any]], most: int = 100) -> list[dict[str,
         for row in curve[:: max(every, 1)]]
 
 
-def _resumed(checkpoint: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+def _resumed(checkpoint: Path, about: dict[str, Any], inputs: str) -> dict[str, Any] | None:
     if not checkpoint.is_file():
         return None
     try:
         state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
-        same = json.loads(state["about"]) == json.loads(json.dumps(about))
+        same = json.loads(state["about"]) == json.loads(json.dumps(about)) and state.get("inputs", inputs) == inputs
     except Exception as error:
         raise ConfigError(f"Cannot go on from {checkpoint}: it is damaged ({type(error).__name__}). Remove it, or choose "
                           "another name.") from error

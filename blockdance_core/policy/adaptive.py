@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,10 +18,12 @@ from torch import Tensor
 from blockdance_core.config import ConfigError
 from blockdance_core.policy.calibrated import Calibrated, SchedulePolicy, require_rows
 from blockdance_core.policy.network import DecisionNetwork, Sight
-from blockdance_core.schedule import Plan, Schedule, Step, follow
+from blockdance_core.schedule import Plan, Reuse, Schedule, Step, follow
 
 _SAME_LEVEL = 1e-3
 _ROUNDING = 1e-6
+_LOST = 0.1
+"""What a call of a part of the batch costs more than its share, as a share of the whole call."""
 LEAST_STEP = 2
 """The network sees how the estimate of the picture changed: there must be two evaluations before."""
 
@@ -86,6 +88,7 @@ class AdaptivePolicy:
         _require(self.network.shape.outputs == expected,
                  f"the network has {self.network.shape.outputs} outputs, expected {expected}")
         require_rows(plan for segment in self.segments for plan in segment.options)
+        _require(len({row.forecast.anchored for row in self._rows()}) <= 1, "its options mix hold with other forecasts")
         boundary = self.boundary
         _require(boundary is None or 0 <= boundary < self.base.depth,
                  f"boundary {boundary} is outside the depth of {self.base.depth} blocks")
@@ -108,8 +111,11 @@ class AdaptivePolicy:
     @property
     def boundary(self) -> int | None:
         """The largest boundary that may be chosen."""
-        own = (row.boundary for segment in self.segments for plan in segment.options for row in plan if row)
+        own = (row.boundary for row in self._rows())
         return max((*own, *(() if self.base.boundary is None else (self.base.boundary,))), default=None)
+
+    def _rows(self) -> Iterator[Reuse]:
+        return (row for segment in self.segments for plan in segment.options for row in plan if row)
 
     def check(self, family: str, depth: int) -> None:
         """Raise a `ConfigError` unless it is for a model of this family and depth."""
@@ -133,7 +139,7 @@ class AdaptivePolicy:
         if step is None or step >= count - 1:
             return "the run ends before the step at which the policy looks at the picture"
         if step < LEAST_STEP:
-            return "the run begins at or after the step at which the policy looks at the picture"
+            return "the run begins at or after the step at which the policy looks at the picture, or just before it"
         static = self.base.schedule(levels, sampler, group_size)
         return step if static.boundaries or not static.warnings else "; ".join(static.warnings)
 
@@ -156,16 +162,15 @@ class AdaptivePolicy:
 
     def _undecided(self, step: int, count: int, warnings: tuple[str, ...]) -> Schedule:
         """All steps before the decision, with the features that any choice may need; nothing yet of those behind it."""
-        rows = [row for segment in self.segments for plan in segment.options for row in plan if row]
+        rows = list(self._rows())
         if not rows:
             return Schedule((Step(),) * count, warnings=warnings)
-        widest = max((row.forecast for row in rows), key=lambda forecast: (forecast.order, forecast.anchored))
-        widest = dataclasses.replace(widest, anchored=any(row.forecast.anchored for row in rows))
+        widest = max((row.forecast for row in rows), key=lambda forecast: forecast.order)
         boundaries = tuple(sorted({row.boundary for row in rows}))
         return Schedule(tuple(
             Step(record=boundaries if step - widest.order - 1 <= k < step else (), forecast=widest if k >= step else None)
             for k in range(count)
-        ), warnings=warnings)
+        ), warnings=warnings, looks_at=step)
 
     def decide(self, sight: Sight, levels: Sequence[float], group_size: int, step: int) -> tuple[Schedule, ...]:
         """What each sample of a run does, by its most likely options.
@@ -212,6 +217,36 @@ class AdaptivePolicy:
             warnings.append(f"trained for {entry.steps} steps of {entry.sampler} {entry.scheduler}, this run has {count} of "
                             f"{sampler}: what the network decides is fitted by noise level")
         return tuple(warnings)
+
+
+Part = tuple[tuple[int, ...], Schedule]
+"""Samples that go on together, and how."""
+
+
+def parts_of(schedules: Sequence[Schedule], depth: int, together: bool = False) -> tuple[Part, ...]:
+    """Which samples go on together.
+
+    Those that want the same do. Of the others, those are put together where a call of their own would cost more than it saves:
+    then all of them do what saves least, so that none is cut more than it should be.
+
+    Args:
+        schedules: What is wanted of each sample.
+        depth: Number of blocks.
+        together: Whether all must go as one.
+    """
+    wanted: dict[Schedule, list[int]] = {}
+    for sample, schedule in enumerate(schedules):
+        wanted.setdefault(schedule, []).append(sample)
+    parts = sorted(wanted.items(), key=lambda part: part[0].cut(depth))
+    while len(parts) > 1:
+        # The part joined to the one that saves a little less than it: what that costs beside what a call costs.
+        lost = [len(rows) / len(schedules) * (schedule.cut(depth) - before.cut(depth))
+                for (before, _), (schedule, rows) in itertools.pairwise(parts)]
+        k = min(range(len(lost)), key=lost.__getitem__)
+        if not together and lost[k] > _LOST:
+            break
+        parts[k : k + 2] = [(parts[k][0], [*parts[k][1], *parts[k + 1][1]])]
+    return tuple(sorted(((tuple(sorted(rows)), schedule) for schedule, rows in parts), key=lambda part: part[0]))
 
 
 def one_choice(entry: Calibrated, start: int) -> tuple[Segment, ...]:

@@ -131,7 +131,8 @@ class DecisionNetwork(nn.Module):
         self.require(sight.latent.shape[1], None if text is None else text.shape[2])
         maps = (sight.latent, sight.denoised, sight.change)[: self.shape.maps]
         cells = torch.cat([_cells(one.float()) for one in maps], 2)
-        return cells, _places(sight.latent.shape[2:]).to(cells.device), None if text is None else text.float()
+        return (cells, _places(sight.latent.shape[2:]).to(cells.device),
+                None if text is None else text.to(cells.device, torch.float32))
 
     def require(self, channels: int, text_width: int | None) -> None:
         """Raise a `ConfigError` unless the network is for latents of so many channels and texts of this width."""

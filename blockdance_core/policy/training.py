@@ -118,6 +118,8 @@ class Trainer:
         self.training, self.held = _divided(prompts, settings)
         self.best = (-math.inf, 0, self._copy())
         self.tradeoffs = torch.tensor(settings.tradeoffs)
+        self._left: list[int] | None = None  # pictures of the pass under way
+        self._drawn = self.generator.get_state()  # before anything was drawn for the next of them
 
     @property
     def epoch(self) -> int:
@@ -156,14 +158,18 @@ class Trainer:
 
     def step(self) -> dict[str, Any]:
         """One pass over the training pictures; returns the new row of the curve."""
-        order = torch.randperm(len(self.training), generator=self.generator).tolist()
-        for start in range(0, len(order), self.settings.pictures):
-            pictures = [self.training[k] for k in order[start : start + self.settings.pictures]]
+        if self._left is None:
+            order = torch.randperm(len(self.training), generator=self.generator).tolist()
+            self._left, self._drawn = [self.training[k] for k in order], self.generator.get_state()
+        while self._left:
+            pictures, left = self._left[: self.settings.pictures], self._left[self.settings.pictures :]
             loss = self._exact_loss(pictures) if self.all else self._sampled_loss(pictures)
             self.optimiser.zero_grad()
             loss.backward()
             self.optimiser.step()
+            self._left, self._drawn = left, self.generator.get_state()
         self.curve.append({"epoch": self.epoch + 1, **self.measured()})
+        self._left = None
         score = sum(self.curve[-1]["held_out"])
         if score > self.best[0]:
             self.best = (score, self.epoch, self._copy())
@@ -196,9 +202,9 @@ class Trainer:
         return dataclasses.replace(self.policy, cuts=tuple(round(cuts[level], 6) for level in order))
 
     def state(self) -> dict[str, Any]:
-        """All that is needed to go on exactly."""
+        """All that is needed to go on exactly, also from the middle of a pass."""
         return {
-            "network": self._copy(), "optimiser": self.optimiser.state_dict(), "generator": self.generator.get_state(),
+            "network": self._copy(), "optimiser": self.optimiser.state_dict(), "generator": self._drawn, "left": self._left,
             "best": list(self.best), "curve": self.curve,
             "known": [[picture, list(chosen), *outcome] for (picture, chosen), outcome in self.known.items()],
         }
@@ -208,6 +214,7 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["generator"])
+        self._left, self._drawn = state.get("left"), self.generator.get_state()
         self.best, self.curve = tuple(state["best"]), list(state["curve"])
         self.recall(state["known"])
 

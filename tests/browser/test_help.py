@@ -10,7 +10,10 @@ import pytest
 from browser.page import EXTENSION, NodePage, accelerate
 from playwright.sync_api import expect
 
-NODES = ("BlockDanceAccelerate", "BlockDanceReport", "BlockDanceLoadPolicy", "BlockDanceProfile", "BlockDanceCalibrate")
+NODES = (
+    "BlockDanceAccelerate", "BlockDanceReport", "BlockDanceLoadPolicy", "BlockDanceProfile", "BlockDanceCalibrate",
+    "BlockDanceTrainPolicy",
+)
 
 
 def fetch(url: str) -> str:

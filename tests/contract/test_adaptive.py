@@ -18,8 +18,9 @@ from blockdance_core.host.attach import handle_of
 from blockdance_core.host.levels import noise_levels
 from blockdance_core.policy import AdaptivePolicy, Calibrated, Fixed, SchedulePolicy
 from blockdance_core.policy.adaptive import Segment
-from blockdance_core.policy.network import DecisionNetwork, NetworkShape
+from blockdance_core.policy.network import DecisionNetwork, NetworkShape, Sight
 from blockdance_core.schedule import Plan, Reuse
+from blockdance_core.session import Session
 
 START = 4
 CUT = 0.2
@@ -110,11 +111,13 @@ def test_samples_that_decide_differently_are_sampled_as_if_alone(case: Case, mon
     expected = torch.stack([first[0], third[1], first[2]]) if apart else third
     assert_close(result, expected, 1e-3)
     if apart:
-        assert run["adaptive"]["parts"] == [{"samples": [0, 2]}, {"samples": [1]}]
+        assert run["adaptive"]["parts"] == [
+            {"samples": [0, 2], "decisions": "CCCCRRCRRC"}, {"samples": [1], "decisions": "CCCCCCCCCC"}]
+        skipped = 2 / 3 * 4 * (case.depth - 1) / (STEPS * case.depth)
+        assert run["cut_arithmetic"] == pytest.approx(skipped, abs=1e-3)
+        assert run["window"]["text"] == "window covers 6 of 10 steps"
         assert [run["decisions"][step] for step in (4, 5, 7, 8)] == ["mixed"] * 4
         assert run["cached_bytes"] <= run["predicted_bytes"]
-    else:
-        assert not case.separable or case.depth, "decided as one"
 
 
 def test_samples_that_reuse_are_not_computed_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +142,7 @@ def test_batch_decides_as_one_where_splitting_would_cost_more(monkeypatch: pytes
     accelerated = accelerate(model_of(case), policy=policy)
     result = sample(accelerated, case, steps=STEPS, batch=2)
     run = last_run(accelerated)
-    assert run["adaptive"]["parts"] == [{"samples": [0, 1]}]
+    assert run["adaptive"]["parts"] == [{"samples": [0, 1], "decisions": "C" * STEPS}]
     assert run["decisions"] == ["compute"] * STEPS, "the one that saves least, so that none gets less than it wants"
     assert torch.equal(result, sample(model_of(case), case, steps=STEPS, batch=2))
 
@@ -258,6 +261,70 @@ def test_prompts_of_other_lengths_and_several_of_them_are_looked_at(monkeypatch:
     positive, negative = case.conds(model_of(case), 1, 0, True)
     sample(accelerate(model_of(case), policy=policy), case, steps=STEPS, conds=(positive + negative, negative))
     assert seen[0].text.shape[1] == positive[0][0].shape[1] + negative[0][0].shape[1]
+
+
+def test_three_computed_steps_are_kept_wherever_it_looks() -> None:
+    """A decision at step 2 has two steps behind it; later groups have three all the same."""
+    case = CASES["sd3"]
+    high = Reuse(case.depth - 2, FORECASTS["taylor2"])
+    plan = (None, None, None, high, None, high, None, high, None, None)
+    policy = adaptive(case)
+    policy = dataclasses.replace(policy, segments=(Segment(2, (plan[2:],) * 3),))
+    expected = sample(accelerate(model_of(case), policy=Fixed(plan)), case, steps=STEPS)
+    assert torch.equal(sample(accelerate(model_of(case), policy=policy), case, steps=STEPS), expected)
+
+
+@pytest.mark.parametrize(("option", "kept"), [(0, True), (2, False)])
+def test_what_nothing_needs_any_more_is_dropped(option: int, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["sd3"]
+    policy = adaptive(case)
+    choosing(policy, monkeypatch, option)
+    sessions: list[Session] = []
+    stored: list[int] = []
+    follow = Session._decide
+    monkeypatch.setattr(Session, "_decide", lambda self, latent: (sessions.append(self), follow(self, latent)))
+
+    def watch(step: int, *_: Any) -> None:
+        if step >= START:
+            stored.append(sum(state.cache.stored_bytes for state in sessions[0].models.values()))
+
+    sample(accelerate(model_of(case), policy=policy), case, steps=STEPS, callback=watch)
+    assert (stored[0] > 0) == kept
+
+
+def test_memory_that_runs_out_at_the_split_only_costs_reuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["sd3"]
+    policy = adaptive(case)
+    choosing(policy, monkeypatch, 0, 2)
+
+    def full(*_: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("blockdance_core.streams._copied", full)
+    accelerated = accelerate(model_of(case), policy=policy)
+    result = sample(accelerated, case, steps=STEPS, batch=2)
+    assert torch.isfinite(result).all()
+    assert last_run(accelerated)["fallbacks"]
+
+
+def test_batch_goes_as_one_where_another_node_keeps_things_between_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    case = CASES["flux"]
+    policy = adaptive(case)
+    choosing(policy, monkeypatch, 0, 2)
+    model = EasyCacheNode.execute(model_of(case), 0.2, 0.15, 0.95, False).args[0]
+    accelerated = accelerate(model, policy=policy)
+    assert torch.isfinite(sample(accelerated, case, steps=STEPS, batch=2)).all()
+    assert len(last_run(accelerated)["adaptive"]["parts"]) == 1
+
+
+def test_text_that_lies_on_another_device_than_the_latent_is_moved() -> None:
+    network = adaptive(CASES["sd3"]).network.to("meta")
+    latent = torch.empty(1, network.shape.channels, 8, 8, device="meta")
+    read = network.read(Sight(latent, latent, latent, torch.zeros(1, 4, network.shape.text_width, dtype=torch.float16)))
+    assert {part.device.type for part in read if part is not None} == {"meta"}
+    assert {part.dtype for part in read if part is not None} == {torch.float32}
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -20,7 +20,7 @@ from blockdance_core.policy.network import GRID, DecisionNetwork, NetworkShape, 
 from blockdance_core.policy.training import Chosen, Outcome, Reading, Settings, Trainer
 from blockdance_core.schedule import Reuse
 
-HOLD, DEEP = Reuse(20, FORECASTS["hold"]), Reuse(26, Forecast(True, 2, 0.5))
+SHALLOW, DEEP = Reuse(20, FORECASTS["delta"]), Reuse(26, Forecast(True, 2, 0.5))
 START = 8
 
 
@@ -109,11 +109,11 @@ def test_plan_of_a_choice_computes_everything_before_the_decision() -> None:
 
 
 def test_every_step_has_options_of_its_own_but_the_last_is_computed() -> None:
-    segments = every_step(20, START, (None, HOLD, DEEP))
+    segments = every_step(20, START, (None, SHALLOW, DEEP))
     looks = adaptive(segments, levels=1)
     assert [segment.start for segment in segments] == list(range(START, 20))
     chosen = looks.likeliest(torch.cat([*torch.eye(3)[[0, 1, 2, 1, *[0] * 7]], torch.zeros(1)]))
-    assert looks.plan(chosen) == (*(None,) * 9, HOLD, DEEP, HOLD, *(None,) * 8)
+    assert looks.plan(chosen) == (*(None,) * 9, SHALLOW, DEEP, SHALLOW, *(None,) * 8)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_sizes_out_of_range_are_refused(change: dict[str, Any]) -> None:
 
 
 def test_undecided_run_stores_what_any_choice_may_need() -> None:
-    looks = adaptive(every_step(20, START, (None, HOLD, DEEP)), levels=1, cuts=(0.4,))
+    looks = adaptive(every_step(20, START, (None, SHALLOW, DEEP)), levels=1, cuts=(0.4,))
     plan = looks.schedule(even(20), "euler", 2)
     assert [k for k, step in enumerate(plan.steps) if step.record] == [5, 6, 7]
     assert (plan.boundaries, plan.anchored, plan.needed, plan.kept) == ((20, 26), True, 3, 3)
@@ -185,7 +185,7 @@ def test_choices_are_fitted_to_other_steps_and_nothing_reuses_before_the_decisio
 
 
 def test_file_comes_back_as_it_was(tmp_path: Path) -> None:
-    looks = adaptive(every_step(20, START, (None, HOLD, DEEP)))
+    looks = adaptive(every_step(20, START, (None, SHALLOW, DEEP)))
     torch.nn.init.normal_(looks.network.out.weight)
     save(looks, tmp_path / "looks.safetensors")
     again = load(tmp_path / "looks.safetensors")
@@ -232,7 +232,9 @@ def _rewritten(path: Path, metadata: dict[str, str | None], tensors: dict[str, t
     ({}, {"network.out.bias": torch.ones(7)}, "expected"),
     ({}, {"network.out.bias": torch.ones(6, dtype=torch.int64)}, "expected"),
     ({}, {"segment.0.boundary": None}, "segment.0"),
-    ({}, {"segment.0.boundary": torch.full((3, 12), 99, dtype=torch.int16)}, "99"),
+    ({}, {"segment.0.boundary": torch.full((3, 12), 99, dtype=torch.int16)}, "mix hold"),
+    ({}, {"segment.0.boundary": torch.full((3, 12), 99, dtype=torch.int16),
+          "segment.0.anchored": torch.ones(3, 12, dtype=torch.uint8)}, "boundary 99 is outside"),
     ({"kind": "other"}, {}, "kind 'other'"), ({"schema_version": "2"}, {}, "schema version 2"),
 ])
 def test_damaged_files_are_refused_with_their_name(
@@ -317,7 +319,7 @@ def test_enumerated_training_gives_each_kind_of_picture_its_own_and_asks_once() 
 
 
 def test_sampled_training_finds_it_too() -> None:
-    segments = every_step(20, 15, (None, HOLD))
+    segments = every_step(20, 15, (None, SHALLOW))
     looks = adaptive(segments, levels=1, cuts=(0.0,))
     read, hard = readings(24)
 
@@ -374,7 +376,7 @@ def test_baseline_lowers_the_variance_of_the_gradient() -> None:
     def spread(baseline: bool) -> float:
         gradients = []
         for seed in range(12):
-            looks = adaptive(every_step(20, 15, (None, HOLD)), levels=1, cuts=(0.0,))
+            looks = adaptive(every_step(20, 15, (None, SHALLOW)), levels=1, cuts=(0.0,))
             read, hard = readings(8)
             ask = lambda pairs: [Outcome(1.0 - sum(c) / 4 * hard[p], sum(c) / 4) for p, c in pairs]  # noqa: E731, B023
             teach = Trainer(looks, read, list(range(8)), ask, Settings(tradeoffs=(2.0,), group=4, baseline=baseline, seed=seed))
