@@ -97,7 +97,8 @@ def follow(plan: Plan) -> Schedule:
     """The schedule of an explicit plan.
 
     Each run of reuse steps is a group with the computed step before it. Its first boundary holds for all of it, and
-    whatever stands before the first computed step, or in the last step, is computed.
+    whatever stands before the first computed step, or in the last step, is computed. The window goes from the first group to
+    the end of the last.
     """
     groups: list[tuple[list[int], list[Reuse]]] = []
     for k, row in enumerate(plan[:-1]):
@@ -106,7 +107,9 @@ def follow(plan: Plan) -> Schedule:
         elif groups:
             groups[-1][0].append(k)
             groups[-1][1].append(row)
-    return _scheduled([group for group in groups if group[1]], len(plan))
+    scheduled = _scheduled([group for group in groups if group[1]], len(plan))
+    busy = [k for k, step in enumerate(scheduled.steps) if step.group is not None]
+    return dataclasses.replace(scheduled, window=tuple(range(busy[0], busy[-1] + 1)) if busy else ())
 
 
 def build(effective: Effective, levels: Sequence[float], everywhere: bool = False) -> Schedule:

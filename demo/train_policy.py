@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from blockdance_core.host import processes
 from blockdance_core.host import train_policy as command
 from demo.architectures import ARCHITECTURES
 from demo.bench.runner import prompts as mixed_captions
@@ -51,10 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("sampler", "scheduler", "cfg", "steps"):
         if getattr(options, name) is None:
             setattr(options, name, own[name])
-    launcher.enter(*command.device_arguments())
+    launcher.enter(*processes.device_arguments())
     torch.set_num_threads(options.threads)
     logging.getLogger().setLevel(logging.WARNING)
-    with command.processes():
+    with processes.processes():
         record = _train(options, shlex.join(["python", "dev.py", "train-policy", *given]))
     if record is not None:
         sys.stdout.write(command.told(record) + "\n")
@@ -65,12 +66,13 @@ def _train(options: argparse.Namespace, line: str) -> dict[str, Any] | None:
     from blockdance_core.host.calibrate import depth_of
     from blockdance_core.host.rewards import by_name
     from blockdance_core.host.rollout import Prompt
-    from blockdance_core.host.training import rank, train
+    from blockdance_core.host.training import train
     from blockdance_core.policy import SchedulePolicy, load
 
     demo = load_demo(options.model)
     base = load(options.policy or POLICIES / f"{options.model}.safetensors")
-    assert isinstance(base, SchedulePolicy)
+    if not isinstance(base, SchedulePolicy):
+        raise SystemExit(f"{options.policy} is an adaptive policy itself: give a calibrated one.")
     design, settings = command.chosen(options, depth_of(demo.model))
     first = _SEED + 1000 * options.seed
     captions = mixed_captions(options.model, "train", options.prompts, first)
@@ -86,7 +88,7 @@ def _train(options: argparse.Namespace, line: str) -> dict[str, Any] | None:
             demo.model, prompts, out, base, design, settings, by_name(options.reward, demo.vae), texts,
             record={"model": options.model, "split": "train", "captions": len(captions), "noise": first, "command": line},
             progress=progress)
-    return None if rank() else record
+    return None if processes.rank() else record
 
 
 if __name__ == "__main__":

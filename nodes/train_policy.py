@@ -86,8 +86,11 @@ class BlockDanceTrainPolicy(io.ComfyNode):
                              "nothing.")
         judge = by_name(reward, vae, clip, clip_vision)
         more, lines = further(profile.prompts[0], prompts, clip)
-        sampled = [*profile.prompts, *more]
-        texts = [*([""] * prompt.latent.shape[0] for prompt in profile.prompts), *([line] for line in lines)]
+        known = () if judge.reads else profile.prompts  # what these say is not known
+        if judge.reads and not more:
+            raise ValueError(f"The reward {judge.name} reads the prompts: write them into prompts, and connect clip.")
+        sampled = [*known, *more]
+        texts = [*([""] * prompt.latent.shape[0] for prompt in known), *([line] for line in lines)]
         bar = notify.picture_bar()
         trained, record = train(
             profile.model, sampled, new_policy_path(policy_name), policy, Design(choices=choices, start=start),

@@ -33,9 +33,11 @@ class Reward(Protocol):
 
     Attributes:
         name: What records and messages call it.
+        reads: Whether it goes by the prompts.
     """
 
     name: str
+    reads: bool
 
     def __call__(self, results: Tensor, full: Tensor, texts: Sequence[str]) -> Tensor:
         """Judge one batch.
@@ -103,6 +105,8 @@ class Batch:
 class _Judge(abc.ABC):
     """A reward that shares what is decoded with those beside it."""
 
+    reads = False
+
     def __call__(self, results: Tensor, full: Tensor, texts: Sequence[str]) -> Tensor:
         """See `Reward`."""
         with torch.inference_mode():  # as the host runs its nodes: weights that were loaded so cannot be moved otherwise
@@ -165,7 +169,7 @@ class ClipScore(_Judge):
         ValueError: The two are not of one CLIP.
     """
 
-    name = "clip"
+    name, reads = "clip", True
 
     def __init__(self, vae: VAE, clip: CLIP, clip_vision: ClipVisionModel) -> None:
         self.vae, self.clip_vision = vae, clip_vision
@@ -249,7 +253,7 @@ class ImageReward(_Judge):
     Source: J. Xu et al., "ImageReward", NeurIPS 2023.
     """
 
-    name = "image-reward"
+    name, reads = "image-reward", True
 
     def __init__(self, vae: VAE) -> None:
         self.vae = vae
@@ -290,6 +294,8 @@ class FromFunction(_Judge):
         name: What records and messages call it.
     """
 
+    reads = True
+
     def __init__(self, function: Callable[[Tensor, Sequence[str]], Any], vae: VAE, name: str) -> None:
         self.function, self.vae, self.name = function, vae, name
 
@@ -325,6 +331,7 @@ class Combined(_Judge):
         for weight, reward in parts:
             _require_weight(weight, reward.name)
         self.parts = tuple(parts)
+        self.reads = any(reward.reads for _, reward in parts)
         self.name = " + ".join(f"{weight:g} {reward.name}" for weight, reward in parts)
 
     def judge(self, batch: Batch) -> Tensor:

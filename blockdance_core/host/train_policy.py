@@ -70,35 +70,11 @@ def chosen(options: argparse.Namespace, depth: int) -> tuple[Design, Settings]:
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[None]:
-    """Join the other processes, if torchrun started several."""
-    from torch import distributed
-
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
-        yield
-        return
-    distributed.init_process_group("gloo")  # outcomes are a few numbers: no GPU needs to talk to another
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
-
-
-def device_arguments() -> list[str]:
-    """What the host is started with: the GPU of this process, or the CPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return ["--cpu"]
-    return ["--cuda-device", os.environ["LOCAL_RANK"]] if "LOCAL_RANK" in os.environ else []
-
-
-@contextlib.contextmanager
 def console() -> Iterator[Progress]:
     """A progress bar for each part of the work, on stderr, in the first process."""
     from tqdm import tqdm
 
-    from blockdance_core.host.training import rank
+    from blockdance_core.host.processes import rank
 
     bars: dict[str, Any] = {}
 
@@ -126,7 +102,7 @@ def told(record: dict[str, Any]) -> str:
     alike = record["held_out_alike"] or [None] * len(record["held_out"])
     lines = [
         f"  lambda {weight:<6g} reward {reward:.4f}" + ("" if same is None else f", the same schedule for all {same:.4f}")
-        for weight, reward, same in zip(record["settings"]["tradeoffs"], record["held_out"], alike, strict=True)]
+        for weight, reward, same in zip(record["tradeoffs"], record["held_out"], alike, strict=True)]
     cost = record["cost"]
     return "\n".join([
         f"held-out pictures: {record['held_out_pictures']}, after pass {record['best_pass']} of {record['passes']}", *lines,
@@ -159,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; 0 on success."""
+    from blockdance_core.host.processes import device_arguments, processes
+
     options = _parser().parse_args(arguments)
     ours, sys.argv = sys.argv, ["main.py", *device_arguments()]
     import comfy.options
@@ -173,15 +151,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         try:
             _train(options)
-        except (ConfigError, ValueError, OSError) as error:
+        except (ConfigError, ValueError, ImportError, OSError) as error:
             raise SystemExit(f"train_policy: {error}") from error
     return 0
 
 
 def _train(options: argparse.Namespace) -> None:
     from blockdance_core.host.calibrate import depth_of
+    from blockdance_core.host.processes import rank
     from blockdance_core.host.rewards import by_name
-    from blockdance_core.host.training import rank, train
+    from blockdance_core.host.training import train
     from blockdance_core.policy import SchedulePolicy, load
 
     lines = [line.strip() for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]

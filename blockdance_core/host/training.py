@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import comfy.utils
 import torch
-from torch import distributed
+from comfy.nested_tensor import NestedTensor
 
 from blockdance_core import families, plots
 from blockdance_core.config import FEW_STEPS, ConfigError
@@ -27,9 +28,10 @@ from blockdance_core.forecast import FORECASTS
 from blockdance_core.host.attach import sampler_name
 from blockdance_core.host.identity import text
 from blockdance_core.host.levels import noise_levels
+from blockdance_core.host.processes import gathered, mine, of_the_first, rank, world
 from blockdance_core.host.rewards import Fidelity, Reward
 from blockdance_core.host.rollout import Prompt, Rollouts, sigmas_of
-from blockdance_core.policy import AdaptivePolicy, Calibrated, SchedulePolicy, save
+from blockdance_core.policy import AdaptivePolicy, Calibrated, SchedulePolicy, load, save
 from blockdance_core.policy.adaptive import Segment, every_step, one_choice, step_at
 from blockdance_core.policy.network import DecisionNetwork, NetworkShape, Sight
 from blockdance_core.policy.training import Chosen, Outcome, Reading, Settings, Trainer
@@ -39,8 +41,8 @@ from blockdance_core.schedule import Plan, Reuse
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-_HELD = 32
-"""Prompts whose full runs are kept in memory."""
+_HELD = 256
+"""Prompts of whose full runs the part that rollouts share is kept in memory."""
 _SAVED_EVERY = 60.0
 """Seconds between checkpoints while pictures are sampled."""
 CHOICES = ("schedules", "steps")
@@ -126,6 +128,7 @@ class Pictures:
             cells, places, words = network.read(sight)
             found[k] = [Reading(cells[row].clone(), places, None if words is None else words[row].cpu().clone())
                         for row in range(len(cells))]
+            self._trimmed(k)
             done()
         whole = gathered(found)
         return [whole[k][row] for k, row in self.of]
@@ -158,10 +161,24 @@ class Pictures:
         run = rollouts.run(plan, replayed)
         self.rollouts += 1
         self.calls += sum(run.record["calls"])
-        latents = [self.model.model.process_latent_out(one) for one in (run.result, rollouts.full.result)]
-        qualities = self.reward(latents[0], latents[1], self.texts[k]).tolist()
+        result, full = (self._as_returned(one, self.prompts[k].latent) for one in (run.result, rollouts.full.result))
+        qualities = self.reward(result, full, self.texts[k]).tolist()
         cut = sum(1 - self.costs[row.boundary] for row in plan if row) / len(plan)
         return [Outcome(float(quality), cut) for quality in qualities]
+
+    def _as_returned(self, result: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        """A result as the host's sampler nodes return it; of several parts (a clip with its sound), nested again."""
+        out: torch.Tensor = self.model.model.process_latent_out(result)
+        if not latent.is_nested:
+            return out
+        nested: torch.Tensor = NestedTensor(comfy.utils.unpack_latents(out, [part.shape for part in latent.unbind()]))
+        return nested
+
+    def _trimmed(self, k: int) -> None:
+        """Of a full run only what rollouts replay, and its result, is kept: that of a long video is large."""
+        full, first = self.rollouts_of(k).full, max(self.policy.start - self.history, 0) if self.share else 0
+        full.predicted[first:] = [[] for _ in full.predicted[first:]]
+        full.entered, full.estimates = full.entered[-1:], []
 
     @torch.inference_mode()
     def rollouts_of(self, k: int) -> Rollouts:
@@ -229,6 +246,8 @@ def designed(
 def _segments(entry: Calibrated, start: int, design: Design, base: SchedulePolicy) -> tuple[Segment, ...]:
     if design.choices == "schedules":
         return one_choice(entry, start)
+    if design.forecast not in FORECASTS:
+        raise ConfigError(f"forecast = {design.forecast!r} is not valid: expected one of {', '.join(FORECASTS)}.")
     if design.choices != "steps":
         raise ConfigError(f"choices = {design.choices!r} is not valid: expected one of {', '.join(CHOICES)}.")
     boundaries = design.boundaries or (() if base.boundary is None else (base.boundary,))
@@ -264,7 +283,8 @@ def measured_costs(model: ModelPatcher, prompt: Prompt, boundaries: Sequence[int
         medians = step_medians(rollouts.run(plan).record)
         reuse, compute = medians["reuse"], medians["compute"]
         costs[boundary] = min(reuse / compute, 1.0) if reuse is not None and compute else 1.0
-    return gathered({"": costs} if rank() == 0 else {})[""]
+    costs_of_all: dict[int, float] = of_the_first(costs)
+    return costs_of_all
 
 
 def further(like: Prompt, lines: str, clip: Any) -> tuple[list[Prompt], list[str]]:
@@ -359,109 +379,150 @@ def train(
     if len({(one.sampler, *sigmas_of(model, one)) for one in prompts}) > 1:
         raise ConfigError("The prompts are not sampled alike: all must have the same sampler, scheduler and steps.")
     policy = designed(model, prompts[0], base, design, len(settings.tradeoffs), settings.seed)
-    boundaries = sorted({row.boundary for segment in policy.segments for plan in segment.options for row in plan if row})
+    rows = [row for segment in policy.segments for plan in segment.options for row in plan if row]
+    boundaries = sorted({row.boundary for row in rows})
+    _require_replaceable(path)
+    texts = [list(some) for some in texts] or [[""] * prompt.latent.shape[0] for prompt in prompts]
     about = {
         "design": dataclasses.asdict(design), "settings": dataclasses.asdict(settings), "reward": reward.name,
         "prompts": [[prompt.seed, prompt.latent.shape[0], prompt.cfg] for prompt in prompts],
         "options": [len(segment.options) for segment in policy.segments], "trained": policy.entry.key,
+        "inputs": _digest(model, prompts, texts, policy),
     }
     checkpoint = path.with_name(f"{path.name}.training")
-    inputs = hashlib.sha256(repr(([list(some) for some in texts], policy.segments)).encode()).hexdigest()
-    before = _resumed(checkpoint, about, inputs)
+    before = of_the_first(_resumed(checkpoint, about) if not rank() else None)
+    if isinstance(before, ConfigError):
+        raise before
     if before is not None:
         costs = {int(key): value for key, value in before["costs"].items()}
     elif costs is None or not set(boundaries) <= set(costs):
         costs = measured_costs(model, prompts[0], boundaries)
     pictures = Pictures(
-        model, prompts, texts or [[""] * prompt.latent.shape[0] for prompt in prompts], policy, reward,
-        {boundary: costs[boundary] for boundary in boundaries}, design.share)
-    begun = time.perf_counter()
-    spent: dict[str, float] = dict(before["spent"]) if before else {}
-    trainer: Trainer | None = None
-    curve: list[dict[str, Any]] = []
-
-    def cost() -> dict[str, float]:
-        own = {"rollouts": pictures.rollouts, "calls": pictures.calls}
-        total = {name: sum(one[name] for one in gathered({rank(): own}).values()) for name in own}
-        total["seconds"] = time.perf_counter() - begun
-        return {name: round(value + spent.get(name, 0), 1) for name, value in total.items()}
-
-    def keep() -> None:
-        now = cost()
-        if rank() or trainer is None:
-            return
-        written = checkpoint.with_name(f"{checkpoint.name}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({
-            "about": json.dumps(about), "inputs": inputs, "spent": now, "trainer": trainer.state(),
-            "costs": {str(key): value for key, value in pictures.costs.items()},
-            "readings": [list(reading) for reading in readings],
-        }, written)
-        os.replace(written, checkpoint)
-
-    saved = time.perf_counter()
-
-    def ask(pairs: Sequence[tuple[int, Chosen]]) -> Sequence[Outcome]:
-        def done(found: dict[tuple[int, Chosen], Outcome]) -> None:
-            nonlocal saved
-            assert trainer is not None
-            trainer.known.update(found)
-            progress("pictures", sum(pair in trainer.known for pair in pairs), len(pairs), curve)
-            if _together(time.perf_counter() - saved > _SAVED_EVERY):
-                keep()
-                saved = time.perf_counter()
-
-        return pictures.ask(pairs, done)
-
+        model, prompts, texts, policy, reward, {boundary: costs[boundary] for boundary in boundaries}, design.share)
     if before is not None:
         readings = [Reading(*reading) for reading in before["readings"]]
     else:
         looked = itertools.count(1)
-        readings = pictures.readings(policy.network, lambda: progress("full runs", next(looked), len(prompts), curve))
-    trainer = Trainer(policy, readings, [prompt for prompt, _ in pictures.of], ask, settings)
-    curve = trainer.curve
-    if before is not None and before["trainer"]["curve"]:
-        trainer.resume(before["trainer"])
-        curve = trainer.curve
-    else:
-        trainer.recall(before["trainer"]["known"] if before else [])
-        keep()
+        readings = pictures.readings(policy.network, lambda: progress("full runs", next(looked), len(prompts), []))
+    work = _Work(pictures, readings, settings, checkpoint, about, progress, before)
+    trainer = work.trainer
     try:
         if not trainer.curve:
             trainer.begin(candidates(policy))
         while not trainer.over:
             trainer.step()
-            progress("passes", trainer.epoch, settings.epochs, curve)
-            if _together(time.perf_counter() - saved > _SAVED_EVERY):
-                keep()
-                saved = time.perf_counter()
+            progress("passes", trainer.epoch, settings.epochs, trainer.curve)
+            work.keep_at_times()
     except BaseException:
         if world() == 1:  # several processes cannot be asked together any more: the last checkpoint counts
-            keep()
+            work.keep()
         raise
-    return _written(trainer, pictures, path, about | (record or {}), cost(), checkpoint)
+    return _written(work, path, about | (record or {}))
 
 
-def _written(
-    trainer: Trainer, pictures: Pictures, path: Path, about: dict[str, Any], cost: dict[str, float], checkpoint: Path
-) -> tuple[AdaptivePolicy, dict[str, Any]]:
-    curve, alike, best = trainer.curve, trainer.alike(), trainer.best[1]
-    policy = trainer.finished()
+class _Work:
+    """A training under way, with its checkpoint.
+
+    Attributes:
+        pictures: What is sampled.
+        trainer: What learns from it.
+    """
+
+    def __init__(
+        self, pictures: Pictures, readings: Sequence[Reading], settings: Settings, checkpoint: Path, about: dict[str, Any],
+        progress: Progress, before: dict[str, Any] | None,
+    ) -> None:
+        self.pictures, self.checkpoint = pictures, checkpoint
+        self._readings, self._about, self._progress = readings, about, progress
+        self._spent: dict[str, float] = dict(before["spent"]) if before else {}
+        self._begun = self._saved = time.perf_counter()
+        self.trainer = Trainer(pictures.policy, readings, [prompt for prompt, _ in pictures.of], self._ask, settings)
+        if before is None:
+            self.keep()
+        elif before["trainer"]["curve"]:
+            self.trainer.resume(before["trainer"])
+        else:
+            self.trainer.recall(before["trainer"]["known"])
+
+    def cost(self) -> dict[str, float]:
+        """Rollouts, calls of the model and seconds so far, of all processes and all beginnings."""
+        own = {"rollouts": self.pictures.rollouts, "calls": self.pictures.calls}
+        total = {name: sum(one[name] for one in gathered({rank(): own}).values()) for name in own}
+        total["seconds"] = time.perf_counter() - self._begun
+        return {name: round(value + self._spent.get(name, 0), 1) for name, value in total.items()}
+
+    def keep(self) -> None:
+        """Replace the checkpoint in one move."""
+        spent = self.cost()
+        if rank():
+            return
+        written = self.checkpoint.with_name(f"{self.checkpoint.name}.tmp")
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({
+            "about": json.dumps(self._about), "spent": spent, "trainer": self.trainer.state(),
+            "costs": {str(key): value for key, value in self.pictures.costs.items()},
+            "readings": [list(reading) for reading in self._readings],
+        }, written)
+        os.replace(written, self.checkpoint)
+
+    def keep_at_times(self) -> None:
+        """The same, but not too often."""
+        if of_the_first(time.perf_counter() - self._saved > _SAVED_EVERY):
+            self.keep()
+            self._saved = time.perf_counter()
+
+    def _ask(self, pairs: Sequence[tuple[int, Chosen]]) -> Sequence[Outcome]:
+        def done(found: dict[tuple[int, Chosen], Outcome]) -> None:
+            known = self.trainer.known
+            known.update(found)
+            self._progress("pictures", sum(pair in known for pair in pairs), len(pairs), self.trainer.curve)
+            self.keep_at_times()
+
+        return self.pictures.ask(pairs, done)
+
+
+def _written(work: _Work, path: Path, about: dict[str, Any]) -> tuple[AdaptivePolicy, dict[str, Any]]:
+    trainer, pictures, cost = work.trainer, work.pictures, work.cost()
+    alike, best = trainer.alike(), trainer.best_row
+    policy, order = trainer.finished()
     record = about | {
         "pictures": len(pictures.of), "training_pictures": len(trainer.training), "held_out_pictures": len(trainer.held),
         "costs": {str(key): round(value, 4) for key, value in pictures.costs.items()}, "cost": cost, "processes": world(),
-        "device": str(pictures.model.load_device), "passes": len(curve), "best_pass": best,
-        "held_out": curve[best - 1]["held_out"] if best else [], "held_out_alike": alike,
-        "parameters": policy.network.shape.parameters, "torch": str(torch.__version__), "curve": _thinned(curve),
+        "device": str(pictures.model.load_device), "passes": trainer.epoch, "best_pass": best["epoch"],
+        "tradeoffs": [trainer.settings.tradeoffs[level] for level in order],
+        "held_out": [best["held_out"][level] for level in order],
+        "held_out_alike": [alike[level] for level in order] if alike else [],
+        "parameters": policy.network.shape.parameters, "torch": str(torch.__version__), "curve": _thinned(trainer.curve),
     }
     policy = dataclasses.replace(policy, name=path.stem, record=record)
     if rank() == 0:
         save(policy, path)
-        plots.curve(curve).save(path.with_suffix(".png"))
-        checkpoint.unlink(missing_ok=True)
-    if distributed.is_initialized():
-        distributed.barrier()
+        plots.curve(trainer.curve).save(path.with_suffix(".png"))
+        work.checkpoint.unlink(missing_ok=True)
+    of_the_first(None)  # nobody goes on before the file is there
     return policy, record
+
+
+def _require_replaceable(path: Path) -> None:
+    """A training replaces what a training made, nothing else."""
+    if os.path.lexists(path) and not isinstance(load(path), AdaptivePolicy):
+        raise ConfigError(f"The file {path} holds calibrated schedules, which would be lost: choose another name.")
+
+
+def _digest(
+    model: ModelPatcher, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], policy: AdaptivePolicy
+) -> str:
+    """What a training goes on with has to be the same: prompts, sizes, schedules, and the patches of the model."""
+    found = hashlib.sha256(repr((
+        [list(some) for some in texts], policy.segments, policy.base.family, policy.base.depth, sigmas_of(model, prompts[0]),
+        sorted((str(key), [patch[0] for patch in patches]) for key, patches in model.patches.items()),
+    )).encode())
+    for prompt in prompts:
+        for value in (prompt.latent, prompt.noise_mask, *(one for one, _ in (*prompt.positive, *prompt.negative))):
+            for tensor in value.unbind() if isinstance(value, torch.Tensor) and value.is_nested else (value,):
+                if isinstance(tensor, torch.Tensor):
+                    found.update(repr(tuple(tensor.shape)).encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _thinned(curve: Sequence[dict[str, Any]], most: int = 100) -> list[dict[str, Any]]:
@@ -471,48 +532,26 @@ def _thinned(curve: Sequence[dict[str, Any]], most: int = 100) -> list[dict[str,
         for row in curve[:: max(every, 1)]]
 
 
-def _resumed(checkpoint: Path, about: dict[str, Any], inputs: str) -> dict[str, Any] | None:
+def _resumed(checkpoint: Path, about: dict[str, Any]) -> dict[str, Any] | ConfigError | None:
+    """The checkpoint; an error is returned, for all processes to raise."""
     if not checkpoint.is_file():
         return None
     try:
         state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
-        same = json.loads(state["about"]) == json.loads(json.dumps(about)) and state.get("inputs", inputs) == inputs
-    except Exception as error:
-        raise ConfigError(f"Cannot go on from {checkpoint}: it is damaged ({type(error).__name__}). Remove it, or choose "
-                          "another name.") from error
+        same = _extensible(json.loads(state["about"])) == _extensible(json.loads(json.dumps(about)))
+    except Exception as error:  # noqa: BLE001, whatever a damaged file does
+        return ConfigError(f"Cannot go on from {checkpoint}: it is damaged ({type(error).__name__}). Remove it, or choose "
+                           "another name.")
     if not same:
-        raise ConfigError(f"{checkpoint} is of another training, with other prompts or settings. Remove it, or choose another "
-                          "name.")
+        return ConfigError(f"{checkpoint} is of another training, with other prompts or settings. Remove it, or choose another "
+                           "name.")
     return state
 
 
-def rank() -> int:
-    """Number of this process."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def world() -> int:
-    """Number of processes."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def mine(numbers: Sequence[int]) -> Sequence[int]:
-    """Those that this process is to do."""
-    return [number for k, number in enumerate(numbers) if k % world() == rank()]
-
-
-def gathered(own: dict[Any, Any]) -> dict[Any, Any]:
-    """The entries of all processes."""
-    if not distributed.is_initialized():
-        return own
-    found: list[dict[Any, Any]] = [{} for _ in range(world())]
-    distributed.all_gather_object(found, own)
-    return {key: value for one in found for key, value in one.items()}
-
-
-def _together(wish: bool) -> bool:
-    """What the first process wishes."""
-    return bool(gathered({"": wish} if rank() == 0 else {})[""])
+def _extensible(about: dict[str, Any]) -> dict[str, Any]:
+    """Without what only says when to stop: a training that was stopped may be given more time."""
+    settings = {name: value for name, value in about["settings"].items() if name not in ("epochs", "patience")}
+    return about | {"settings": settings}
 
 
 def _batched(numbers: Sequence[int]) -> list[Sequence[int]]:

@@ -16,11 +16,18 @@ from typing import Any
 from torch import Tensor
 
 from blockdance_core.config import ConfigError
-from blockdance_core.policy.calibrated import Calibrated, SchedulePolicy, require_rows
+from blockdance_core.policy.calibrated import (
+    SAME_LEVEL,
+    Calibrated,
+    SchedulePolicy,
+    ascending,
+    level_for,
+    require,
+    require_rows,
+)
 from blockdance_core.policy.network import DecisionNetwork, Sight
 from blockdance_core.schedule import Plan, Reuse, Schedule, Step, follow
 
-_SAME_LEVEL = 1e-3
 _ROUNDING = 1e-6
 _LOST = 0.1
 """What a call of a part of the batch costs more than its share, as a share of the whole call."""
@@ -72,25 +79,24 @@ class AdaptivePolicy:
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require(0 <= self.trained < len(self.base.entries), f"entry {self.trained} is none of {len(self.base.entries)}")
-        _require(bool(self.segments), "it decides nothing")
-        _require(all(segment.options for segment in self.segments), "a segment has no options")
-        _require(all(len({len(plan) for plan in segment.options}) == 1 and segment.options[0] for segment in self.segments),
+        require(0 <= self.trained < len(self.base.entries), f"entry {self.trained} is none of {len(self.base.entries)}")
+        require(bool(self.segments), "it decides nothing")
+        require(all(segment.options for segment in self.segments), "a segment has no options")
+        require(all(len({len(plan) for plan in segment.options}) == 1 and segment.options[0] for segment in self.segments),
                  "the options of a segment must have as many steps")
         starts = [segment.start for segment in self.segments]
         stops = [segment.stop for segment in self.segments]
-        _require(starts[0] >= LEAST_STEP, f"it looks at step {starts[0]}, expected {LEAST_STEP} or more")
-        _require(starts[1:] == stops[:-1] and stops[-1] == self.entry.steps, "the segments must fill the steps")
-        _require(bool(self.cuts) and all(0 <= cut < 1 for cut in self.cuts)
-                 and all(one <= other for one, other in itertools.pairwise(self.cuts)),
-                 "cuts must ascend, and be shares from 0 to below 1")
+        require(starts[0] >= LEAST_STEP, f"it looks at step {starts[0]}, expected {LEAST_STEP} or more")
+        require(starts[1:] == stops[:-1] and stops[-1] == self.entry.steps, "the segments must fill the steps")
+        require(bool(self.cuts) and all(0 <= cut < 1 for cut in self.cuts) and ascending(self.cuts),
+                "cuts must ascend, and be shares from 0 to below 1")
         expected = len(self.cuts) * self.choices
-        _require(self.network.shape.outputs == expected,
-                 f"the network has {self.network.shape.outputs} outputs, expected {expected}")
+        require(self.network.shape.outputs == expected,
+                f"the network has {self.network.shape.outputs} outputs, expected {expected}")
         require_rows(plan for segment in self.segments for plan in segment.options)
-        _require(len({row.forecast.anchored for row in self._rows()}) <= 1, "its options mix hold with other forecasts")
+        require(len({row.forecast.anchored for row in self._rows()}) <= 1, "its options mix hold with other forecasts")
         boundary = self.boundary
-        _require(boundary is None or 0 <= boundary < self.base.depth,
+        require(boundary is None or 0 <= boundary < self.base.depth,
                  f"boundary {boundary} is outside the depth of {self.base.depth} blocks")
 
     @property
@@ -132,9 +138,9 @@ class AdaptivePolicy:
     def looks_at(self, levels: Sequence[float], sampler: str, group_size: int) -> int | str:
         """The step of a run at which the network looks, or why it does not."""
         count = len(levels) - 1
-        if any(one > other for one, other in itertools.pairwise(levels)):
+        if not ascending(levels):
             return "the noise level rises"
-        target = self.entry.levels[self.start] - _SAME_LEVEL
+        target = self.entry.levels[self.start] - SAME_LEVEL
         step = next((k for k in range(max(count, 0)) if levels[k] >= target), None)
         if step is None or step >= count - 1:
             return "the run ends before the step at which the policy looks at the picture"
@@ -181,7 +187,7 @@ class AdaptivePolicy:
             group_size: N.
             step: Where the decision falls.
         """
-        logits = self.logits(sight)[:, self.level(group_size)]
+        logits = self.logits(sight)[:, level_for(self.cuts, group_size, self.name)[0]]
         return tuple(self.scheduled(self.plan(self.likeliest(row)), levels, step) for row in logits)
 
     def logits(self, sight: Sight) -> Tensor:
@@ -200,23 +206,15 @@ class AdaptivePolicy:
     def scheduled(self, plan: Plan, levels: Sequence[float], step: int) -> Schedule:
         """A plan fitted to the steps of a run, of which those before the decision are computed."""
         fitted = self.entry.fitted(plan, levels)
-        scheduled = follow((*(None,) * step, *fitted[step:]))
-        busy = [k for k, row in enumerate(scheduled.steps) if row.group is not None]
-        return dataclasses.replace(scheduled, window=tuple(range(busy[0], busy[-1] + 1)) if busy else ())
-
-    def level(self, group_size: int) -> int:
-        """The fastest level whose mean cut N allows."""
-        return max((index for index, cut in enumerate(self.cuts) if cut <= 1 - 1 / group_size + _ROUNDING), default=0)
+        return follow((*(None,) * step, *fitted[step:]))
 
     def _warnings(self, levels: Sequence[float], sampler: str, group_size: int) -> tuple[str, ...]:
         entry, count = self.entry, len(levels) - 1
-        warnings = []
-        if self.cuts[0] > 1 - 1 / group_size + _ROUNDING:
-            warnings.append(f"N = {group_size} is slower than anything in {self.name}: its slowest level is used")
+        _, warnings = level_for(self.cuts, group_size, self.name)
         if sampler != entry.sampler or not entry.same(levels):
-            warnings.append(f"trained for {entry.steps} steps of {entry.sampler} {entry.scheduler}, this run has {count} of "
-                            f"{sampler}: what the network decides is fitted by noise level")
-        return tuple(warnings)
+            warnings += (f"trained for {entry.steps} steps of {entry.sampler} {entry.scheduler}, this run has {count} of "
+                         f"{sampler}: what the network decides is fitted by noise level",)
+        return warnings
 
 
 Part = tuple[tuple[int, ...], Schedule]
@@ -270,8 +268,3 @@ def every_step(steps: int, start: int, options: Plan) -> tuple[Segment, ...]:
 def step_at(steps: int, share: float) -> int:
     """The step rho for a share of the steps."""
     return max(LEAST_STEP, math.ceil(share * steps - _ROUNDING))
-
-
-def _require(ok: bool, reason: str) -> None:
-    if not ok:
-        raise ConfigError(f"{reason}.")

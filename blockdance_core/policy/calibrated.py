@@ -12,7 +12,7 @@ from typing import Any
 from blockdance_core.config import ConfigError
 from blockdance_core.schedule import REUSE, Plan, Reuse, Schedule, Step, few_steps, follow, part_way
 
-_SAME_LEVEL = 1e-3
+SAME_LEVEL = 1e-3
 _ROUNDING = 1e-6
 _MAX_ORDER = 2
 _MOST = 1000
@@ -45,17 +45,17 @@ class Calibrated:
 
     def __post_init__(self) -> None:
         of = f"the calibration of {self.sampler}: "
-        _require(self.steps >= 1, f"{of}it has no steps")
-        _require(all(math.isfinite(level) and 0 <= level <= 1 for level in self.levels),
+        require(self.steps >= 1, f"{of}it has no steps")
+        require(all(math.isfinite(level) and 0 <= level <= 1 for level in self.levels),
                  f"{of}levels must be shares from 0 to 1")
-        _require(_ascending(self.levels) and self.levels[0] < self.levels[-1], f"{of}levels must ascend")
-        _require(len(self.plans) >= 1, f"{of}it has no plan")
-        _require(len(self.plans) == len(self.cuts) == len(self.losses),
+        require(ascending(self.levels) and self.levels[0] < self.levels[-1], f"{of}levels must ascend")
+        require(len(self.plans) >= 1, f"{of}it has no plan")
+        require(len(self.plans) == len(self.cuts) == len(self.losses),
                  f"{of}{len(self.plans)} plans, {len(self.cuts)} cuts and {len(self.losses)} losses, expected as many of each")
-        _require(all(len(plan) == self.steps for plan in self.plans), f"{of}a plan must have {self.steps} steps")
-        _require(all(0 <= cut < 1 for cut in self.cuts) and _ascending(self.cuts),
+        require(all(len(plan) == self.steps for plan in self.plans), f"{of}a plan must have {self.steps} steps")
+        require(all(0 <= cut < 1 for cut in self.cuts) and ascending(self.cuts),
                  f"{of}cuts must ascend, and be shares from 0 to below 1")
-        _require(all(math.isfinite(loss) and loss >= 0 for loss in self.losses), f"{of}losses must be 0 or more")
+        require(all(math.isfinite(loss) and loss >= 0 for loss in self.losses), f"{of}losses must be 0 or more")
         require_rows(self.plans, of)
 
     @property
@@ -91,7 +91,7 @@ class Calibrated:
 
     def outside(self, start: float, end: float) -> bool:
         """Whether a step starts outside the calibrated levels."""
-        return start < self.levels[0] - _SAME_LEVEL or end <= self.levels[0] or start >= self.levels[-1]
+        return start < self.levels[0] - SAME_LEVEL or end <= self.levels[0] or start >= self.levels[-1]
 
     def uncalibrated(self, levels: Sequence[float]) -> int:
         """How many steps of a run start outside the calibrated levels, and have an extent."""
@@ -100,7 +100,7 @@ class Calibrated:
     def same(self, levels: Sequence[float]) -> bool:
         """Whether a run has exactly the calibrated steps."""
         return len(levels) == len(self.levels) and all(
-            abs(one - other) <= _SAME_LEVEL for one, other in zip(levels, self.levels, strict=True))
+            abs(one - other) <= SAME_LEVEL for one, other in zip(levels, self.levels, strict=True))
 
     def departure(self, levels: Sequence[float]) -> float:
         """How far a run's levels are from those it would have if its steps were spaced like the calibrated ones, mean."""
@@ -176,11 +176,11 @@ class SchedulePolicy:
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require(bool(self.family), "the model family has no name")
-        _require(self.depth >= 1, f"depth {self.depth} must be 1 or more")
-        _require(bool(self.entries), "it holds no calibrated schedule")
+        require(bool(self.family), "the model family has no name")
+        require(self.depth >= 1, f"depth {self.depth} must be 1 or more")
+        require(bool(self.entries), "it holds no calibrated schedule")
         boundary = self.boundary
-        _require(boundary is None or boundary < self.depth,
+        require(boundary is None or boundary < self.depth,
                  f"boundary {boundary} is outside the depth of {self.depth} blocks")
 
     @property
@@ -215,7 +215,7 @@ class SchedulePolicy:
         full = Schedule((Step(),) * count)
         if group_size == 1 or count == 0:
             return full
-        if not _ascending(levels) or levels[0] == levels[-1]:
+        if not ascending(levels) or levels[0] == levels[-1]:
             return dataclasses.replace(full, warnings=("the noise level rises: the policy does not apply, all computed",))
         few = few_steps(levels)
         if few and not any(round(entry.whole(levels)) == entry.steps for entry in self.entries):
@@ -223,18 +223,14 @@ class SchedulePolicy:
         entry = min(self.entries, key=lambda entry: (
             entry.sampler != sampler, not entry.same(levels), entry.uncalibrated(levels),
             round(abs(math.log(entry.whole(levels) / entry.steps)), 3), entry.departure(levels)))
-        allowed = [index for index, cut in enumerate(entry.cuts) if cut <= 1 - 1 / group_size + _ROUNDING]
-        plan = entry.plans[max(allowed, default=0)]
-        warnings = self._warnings(entry, levels, sampler)
-        if not allowed:
-            warnings += (f"N = {group_size} is slower than anything in {self.name}: its slowest schedule is used",)
+        level, slower = level_for(entry.cuts, group_size, self.name)
+        plan = entry.plans[level]
+        warnings = self._warnings(entry, levels, sampler) + slower
         scheduled = follow(entry.fitted(plan, levels))
-        busy = [k for k, step in enumerate(scheduled.steps) if step.group is not None]
         reuses = any(step.decision == REUSE for step in scheduled.steps)
         if not reuses and any(plan):
             warnings += ("no step can be reused: the run has too few steps",)
-        return dataclasses.replace(
-            scheduled, window=tuple(range(busy[0], busy[-1] + 1)) if busy else (), warnings=warnings)
+        return dataclasses.replace(scheduled, warnings=warnings)
 
     @staticmethod
     def _warnings(entry: Calibrated, levels: Sequence[float], sampler: str) -> tuple[str, ...]:
@@ -243,7 +239,7 @@ class SchedulePolicy:
             return (f"{outside} of {count} steps are at noise levels that {entry.sampler} with {entry.steps} steps was not "
                     "calibrated for: they are computed, the others fitted by noise level",)
         if sampler == entry.sampler and whole == entry.steps:
-            if entry.same(levels) or entry.departure(levels) <= _SAME_LEVEL:
+            if entry.same(levels) or entry.departure(levels) <= SAME_LEVEL:
                 return ()
             return (f"calibrated with the scheduler {entry.scheduler}, this run has other noise levels: fitted by noise level",)
         part = f" (as {whole} over the whole noise schedule)" if whole != count and whole < _MOST * count else ""
@@ -251,13 +247,21 @@ class SchedulePolicy:
                 "fitted by noise level",)
 
 
+def level_for(cuts: Sequence[float], group_size: int, name: str) -> tuple[int, tuple[str, ...]]:
+    """The fastest level that N allows, with a cut of at most 1 - 1/N; and a warning if none does."""
+    allowed = [index for index, cut in enumerate(cuts) if cut <= 1 - 1 / group_size + _ROUNDING]
+    if allowed:
+        return allowed[-1], ()
+    return 0, (f"N = {group_size} is slower than anything in {name}: its slowest schedule is used",)
+
+
 def require_rows(plans: Iterable[Plan], of: str = "") -> None:
     """Raise a `ConfigError` unless every row of some plans is within its ranges; `of` begins the message."""
     for row in {row for plan in plans for row in plan if row}:
-        _require(row.boundary >= 0, f"{of}boundary {row.boundary} must be 0 or more")
-        _require(0 <= row.forecast.order <= _MAX_ORDER,
+        require(row.boundary >= 0, f"{of}boundary {row.boundary} must be 0 or more")
+        require(0 <= row.forecast.order <= _MAX_ORDER,
                  f"{of}order {row.forecast.order} of a forecast must be 0 to {_MAX_ORDER}")
-        _require(0 <= row.forecast.damping <= 1, f"{of}damping {row.forecast.damping} of a forecast must be 0 to 1")
+        require(0 <= row.forecast.damping <= 1, f"{of}damping {row.forecast.damping} of a forecast must be 0 to 1")
 
 
 def _between(knots: Sequence[int], position: float) -> float:
@@ -279,10 +283,12 @@ def _factor(gains: Sequence[float], total: float) -> float:
     return 1 / _ROUNDING
 
 
-def _ascending(values: Sequence[float]) -> bool:
+def ascending(values: Sequence[float]) -> bool:
+    """Whether none is below the one before."""
     return all(one <= other for one, other in itertools.pairwise(values))
 
 
-def _require(ok: bool, reason: str) -> None:
+def require(ok: bool, reason: str) -> None:
+    """Raise a `ConfigError` for a reason, unless all is well."""
     if not ok:
         raise ConfigError(f"{reason}.")

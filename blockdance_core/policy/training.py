@@ -65,7 +65,7 @@ class Settings:
         seed: Of everything that is drawn.
     """
 
-    tradeoffs: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+    tradeoffs: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
     epochs: int = 200
     patience: int = 30
     group: int = 8
@@ -99,7 +99,9 @@ class Trainer:
         settings: How.
 
     Attributes:
-        curve: A row a pass: `epoch`, and for every level the mean `reward` on training pictures and `held_out`, and the `cut`.
+        curve: A row a pass, and one before the first: `epoch`, and for every level the mean `reward` on training pictures and
+            `held_out`, and the `cut`.
+        best: Score, pass and weights of the best pass.
         known: Every outcome so far.
     """
 
@@ -124,7 +126,12 @@ class Trainer:
     @property
     def epoch(self) -> int:
         """Passes over."""
-        return len(self.curve)
+        return max(len(self.curve) - 1, 0)
+
+    @property
+    def best_row(self) -> dict[str, Any]:
+        """The row of the best pass."""
+        return self.curve[self.best[1]]
 
     @property
     def over(self) -> bool:
@@ -154,7 +161,7 @@ class Trainer:
             for size, index in zip(self.sizes, candidates[int(reward.argmax())], strict=True):
                 bias[level, at + index] += _BIAS if size > 1 else 0.0
                 at += size
-        self.best = (-math.inf, 0, self._copy())
+        self._judge()
 
     def step(self) -> dict[str, Any]:
         """One pass over the training pictures; returns the new row of the curve."""
@@ -168,9 +175,14 @@ class Trainer:
             loss.backward()
             self.optimiser.step()
             self._left, self._drawn = left, self.generator.get_state()
-        self.curve.append({"epoch": self.epoch + 1, **self.measured()})
         self._left = None
-        score = sum(self.curve[-1]["held_out"])
+        return self._judge()
+
+    def _judge(self) -> dict[str, Any]:
+        """A new row of the curve; the best so far is kept. Levels count alike, whatever their weight of quality."""
+        self.curve.append({"epoch": len(self.curve), **self.measured()})
+        held = torch.tensor(self.curve[-1]["held_out"])
+        score = float((held / (1 + self.tradeoffs)).mean()) if held.isfinite().all() else -math.inf
         if score > self.best[0]:
             self.best = (score, self.epoch, self._copy())
         return self.curve[-1]
@@ -189,8 +201,8 @@ class Trainer:
         held = self._rewards(self.held or self.training, self.all).mean(0)
         return [float(held[index, level]) for level, index in enumerate(best.tolist())]
 
-    def finished(self) -> AdaptivePolicy:
-        """The policy of the best pass, its levels in the order of their cuts."""
+    def finished(self) -> tuple[AdaptivePolicy, list[int]]:
+        """The policy of the best pass, its levels in the order of their cuts; and that order."""
         self.network.load_state_dict(self.best[2])
         cuts = self.measured()["cut"]
         order = sorted(range(len(cuts)), key=lambda level: cuts[level])
@@ -199,7 +211,7 @@ class Trainer:
                 rows = parameter.view(len(cuts), self.policy.choices, -1)
                 rows.copy_(rows[order].clone())
         self.network.eval().requires_grad_(False)
-        return dataclasses.replace(self.policy, cuts=tuple(round(cuts[level], 6) for level in order))
+        return dataclasses.replace(self.policy, cuts=tuple(round(cuts[level], 6) for level in order)), order
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on exactly, also from the middle of a pass."""
@@ -214,7 +226,7 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["generator"])
-        self._left, self._drawn = state.get("left"), self.generator.get_state()
+        self._left, self._drawn = state["left"], self.generator.get_state()
         self.best, self.curve = tuple(state["best"]), list(state["curve"])
         self.recall(state["known"])
 
@@ -238,7 +250,7 @@ class Trainer:
     def _exact_loss(self, pictures: Sequence[int]) -> Tensor:
         """Minus the expected reward, mean over pictures, sum over levels."""
         rewards = self._rewards(pictures, self.all)  # [pictures, choices in all, levels]
-        rewards = rewards - rewards.mean(1, keepdim=True) if self.settings.baseline else rewards
+        rewards = (rewards - rewards.mean(1, keepdim=True) if self.settings.baseline else rewards) / (1 + self.tradeoffs)
         parts = [part.log_softmax(2) for part in self.logits(pictures).split(self.sizes, 2)]
         chances = torch.stack([
             sum((part[:, :, index] for part, index in zip(parts, chosen, strict=True)), torch.zeros(())).exp()
@@ -257,7 +269,7 @@ class Trainer:
         pairs = [(picture, tuple(chosen)) for picture, of in zip(pictures, drawn.flatten(1, 2).tolist(), strict=True)
                  for chosen in of]
         outcomes = torch.tensor(self.outcomes(pairs)).view(len(pictures), levels, group, 2)
-        rewards = outcomes[..., 1] + self.tradeoffs[:, None] * outcomes[..., 0]
+        rewards = (outcomes[..., 1] + self.tradeoffs[:, None] * outcomes[..., 0]) / (1 + self.tradeoffs[:, None])
         if self.settings.baseline:
             rewards = rewards - rewards.mean(2, keepdim=True)
         chance = sum((part.gather(2, drawn[..., j]) for j, part in enumerate(parts)), torch.zeros(()))

@@ -38,7 +38,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     levels = dict.fromkeys(((None,) * policy.entry.steps, *policy.entry.plans))
     static = sorted((cuts[index[plan]], index[plan]) for plan in levels)
     rows = []
-    for level, weight in enumerate(policy.record["settings"]["tradeoffs"]):
+    for level, weight in enumerate(policy.record["tradeoffs"]):
         picked = np.array([index[policy.plan(policy.likeliest(row[level]))] for row in bench.logits])
         cut, own = cuts[picked], similarity[picked, np.arange(len(texts))]
         other = _static(static, similarity, float(cut.mean()))

@@ -16,6 +16,7 @@ from blockdance_core.config import Config, ConfigError, Policy
 from blockdance_core.forecast import FORECASTS, Forecast
 from blockdance_core.policy import AdaptivePolicy, PolicyError, load, save
 from blockdance_core.policy.adaptive import Segment, every_step, one_choice, step_at
+from blockdance_core.policy.calibrated import level_for
 from blockdance_core.policy.network import GRID, DecisionNetwork, NetworkShape, Sight
 from blockdance_core.policy.training import Chosen, Outcome, Reading, Settings, Trainer
 from blockdance_core.schedule import Reuse
@@ -97,8 +98,9 @@ def test_published_network_has_the_published_size() -> None:
 
 def test_levels_are_picked_by_n_and_options_by_likelihood() -> None:
     looks = adaptive()
-    assert [looks.level(group_size) for group_size in (2, 3, 64)] == [1, 1, 1]
-    assert dataclasses.replace(looks, cuts=(0.2, 0.6)).level(2) == 0
+    assert [level_for(looks.cuts, group_size, "looks") for group_size in (2, 3, 64)] == [(1, ())] * 3
+    assert level_for((0.2, 0.6), 2, "looks") == (0, ())
+    assert level_for((0.6, 0.7), 2, "looks")[1][0].startswith("N = 2 is slower than anything in looks")
     assert looks.likeliest(torch.tensor([0.0, 2.0, 1.0])) == (1,)
 
 
@@ -309,7 +311,8 @@ def test_enumerated_training_gives_each_kind_of_picture_its_own_and_asks_once() 
     teach.begin([])
     while not teach.over:
         teach.step()
-    done = teach.finished()
+    done, order = teach.finished()
+    assert order == [1, 0]
     assert len(asked) == len(set(asked)) == 24 * 3
     assert done.cuts == pytest.approx((0.45, 0.9), abs=0.01)
     logits = torch.cat([said(done.network, reading) for reading in teach.readings])
@@ -354,7 +357,7 @@ def test_training_goes_on_exactly_where_it_was_interrupted() -> None:
         second.step()
     assert second.curve == whole.curve
     assert asked == []
-    pairs = zip(second.finished().network.parameters(), whole.finished().network.parameters(), strict=True)
+    pairs = zip(second.finished()[0].network.parameters(), whole.finished()[0].network.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
