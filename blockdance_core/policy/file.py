@@ -235,6 +235,8 @@ def _adaptive_policy(content: _Content) -> AdaptivePolicy:
     }
     if not all(value.isfinite().all() for value in weights.values()):
         raise ConfigError("a weight of its network is not finite")
+    if not (weights["spread"] > 0).all():
+        raise ConfigError("network.spread must be above 0")
     network.load_state_dict(weights, assign=True)
     segments = tuple(
         Segment(start, content.plans(f"segment.{j}", stop - start))

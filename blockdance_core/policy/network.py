@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -98,6 +99,10 @@ class DecisionNetwork(nn.Module):
             for _ in range(shape.depth)
         )
         self.norm = nn.LayerNorm(width)
+        self.centre: Tensor
+        self.spread: Tensor
+        self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("spread", torch.ones(width))
         self.hidden = nn.Linear(width, width)
         self.out = nn.Linear(width, shape.outputs)
         nn.init.zeros_(self.out.weight)
@@ -111,6 +116,11 @@ class DecisionNetwork(nn.Module):
             places: From `read`, [cells, 3].
             text: [B, T, D], or None.
         """
+        pooled = (self._pooled(cells, places, text) - self.centre) / self.spread
+        logits: Tensor = self.out(nn.functional.gelu(self.hidden(pooled)))
+        return logits
+
+    def _pooled(self, cells: Tensor, places: Tensor, text: Tensor | None) -> Tensor:
         waves = places[:, :, None] * (2 ** torch.arange(_WAVES, device=places.device)) * torch.pi
         tokens = self.cells(cells) + self.place(torch.cat([waves.sin(), waves.cos()], 2).flatten(1))
         if self.text is not None:
@@ -118,8 +128,19 @@ class DecisionNetwork(nn.Module):
             tokens = torch.cat([tokens, self.text(text)], 1)
         for block in self.blocks:
             tokens = block(tokens)
-        logits: Tensor = self.out(nn.functional.gelu(self.hidden(self.norm(tokens).mean(1))))
-        return logits
+        pooled: Tensor = self.norm(tokens).mean(1)
+        return pooled
+
+    @torch.no_grad()
+    def settle(self, pictures: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+        """Before it is taught: centre and scale what the blocks make of these pictures, given as `forward` takes them.
+
+        All pictures are much alike to random blocks; the MLP shall see in what they differ.
+        """
+        pooled = torch.cat([self._pooled(*picture) for picture in pictures])
+        self.centre.copy_(pooled.mean(0))
+        if len(pooled) > 1:
+            self.spread.copy_(pooled.std(0).clamp(min=_LEAST))
 
     def read(self, sight: Sight) -> tuple[Tensor, Tensor, Tensor | None]:
         """The arguments of `forward`, float32: a few hundred numbers of each channel, however large the latent is.

@@ -151,6 +151,9 @@ class Trainer:
         Args:
             candidates: Choices to compare; where everything is tried anyway, all are.
         """
+        self.network.settle([
+            (one.cells[None], one.places, None if one.text is None else one.text[None])
+            for one in (self.readings[k] for k in self.training)])
         candidates = self.all or list(candidates)
         pictures = self.training if self.all else self.training[:_WARM]
         self.outcomes([(picture, chosen) for picture in (range(len(self.readings)) if self.all else pictures)

@@ -73,7 +73,7 @@ class Recipe:
 RECIPES = {
     "sd3-mini": Recipe(steps=4500),
     "pixart-mini": Recipe(steps=6500, ease=(0.3, 0.6), muon_rate=0.01, text_rate=0.1, spread=(0.4, 1.2)),
-    "wan-mini": Recipe(batch=32, steps=4200, muon_rate=0.01, text_rate=0.1, opening=0.6, spread=(0.4, 1.0)),
+    "wan-mini": Recipe(batch=32, steps=12000, muon_rate=0.01, text_rate=0.1, opening=0.21, spread=(0.4, 1.0)),
 }
 
 

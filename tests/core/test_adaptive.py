@@ -231,7 +231,7 @@ def _rewritten(path: Path, metadata: dict[str, str | None], tensors: dict[str, t
      "expected torch"),
     ({"network": "[]"}, {}, "not a JSON"), ({}, {"network.out.bias": None}, "no tensor network.out.bias"),
     ({}, {"network.out.bias": torch.full((6,), torch.nan)}, "not finite"),
-    ({}, {"network.out.bias": torch.ones(7)}, "expected"),
+    ({}, {"network.out.bias": torch.ones(7)}, "expected"), ({}, {"network.spread": torch.zeros(16)}, "above 0"),
     ({}, {"network.out.bias": torch.ones(6, dtype=torch.int64)}, "expected"),
     ({}, {"segment.0.boundary": None}, "segment.0"),
     ({}, {"segment.0.boundary": torch.full((3, 12), 99, dtype=torch.int16)}, "mix hold"),
