@@ -178,8 +178,9 @@ class Trainer:
             loss.backward()
             self.optimiser.step()
             self._left, self._drawn = left, self.generator.get_state()
+        row = self._judge()
         self._left = None
-        return self._judge()
+        return row
 
     def _judge(self) -> dict[str, Any]:
         """A new row of the curve; the best so far is kept. Levels count alike, whatever their weight of quality."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from blockdance_core.config import Config, ConfigError
 from blockdance_core.forecast import FORECASTS
-from blockdance_core.host import train_policy as command
+from blockdance_core.host import processes as several
 from blockdance_core.host import training
 from blockdance_core.host.attach import attach
 from blockdance_core.host.rewards import Fidelity
@@ -154,9 +154,11 @@ def test_record_tells_what_was_done_and_is_plain_data(tmp_path: Path) -> None:
     assert record["settings"] == dataclasses.asdict(BRIEF)
     assert record["costs"] == {"2": 0.25, "6": 0.25}
     assert (record["processes"], record["device"], record["passes"]) == (1, "cpu", 3)
-    assert 1 <= record["best_pass"] <= 3
-    assert [row["epoch"] for row in record["curve"]] == [1, 2, 3]
-    assert record["held_out"] == pytest.approx(record["curve"][record["best_pass"] - 1]["held_out"], abs=1e-4)
+    assert 0 <= record["best_pass"] <= 3
+    assert [row["epoch"] for row in record["curve"]] == [0, 1, 2, 3]
+    best = dict(zip(BRIEF.tradeoffs, record["curve"][record["best_pass"]]["held_out"], strict=True))
+    assert sorted(record["tradeoffs"]) == sorted(best)
+    assert record["held_out"] == pytest.approx([best[weight] for weight in record["tradeoffs"]], abs=1e-4)
     assert len(record["held_out_alike"]) == len(policy.cuts) == 2
     assert record["parameters"] == sum(parameter.numel() for parameter in policy.network.parameters())
     full, runs = 4, 4 * 3  # every choice of every batch once
@@ -498,8 +500,8 @@ test_training.share_of_a_process({folder!r})
 def share_of_a_process(folder: str) -> None:
     """Train as one of several processes: once to the end, and once until it is interrupted."""
     training._SAVED_EVERY = 0.0
-    with command.processes():
-        assert training.world() == 2
+    with several.processes():
+        assert several.world() == 2
         _, record = trained(Path(folder) / "both.safetensors")
         assert record["processes"] == 2
         try:

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from blockdance_core.config import ConfigError
+from blockdance_core.host import processes, training
 from blockdance_core.host import train_policy as command
-from blockdance_core.host import training
 from blockdance_core.host.training import PUBLISHED, Design, Pictures
 from blockdance_core.policy import AdaptivePolicy, load
 from blockdance_core.policy.training import Settings
@@ -74,7 +74,7 @@ def test_a_small_training_is_stopped_resumed_and_told(
     printed = capsys.readouterr()
     assert "held-out pictures: 2, after pass" in printed.out
     assert f"{record['cost']['rollouts']:.0f} rollouts" in printed.out
-    assert [line.split()[1] for line in printed.out.splitlines() if line.startswith("  lambda")] == ["1", "8"]
+    assert [line.split()[1] for line in printed.out.splitlines() if line.startswith("  lambda")] == ["8", "1"]
     assert "the same schedule for all" in printed.out
     assert all(f"{what}: 100%" in printed.err for what in ("full runs", "pictures", "passes"))
 
@@ -148,21 +148,30 @@ def test_processes_of_one_are_not_joined(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.delenv("WORLD_SIZE", raising=False)
         if value:
             monkeypatch.setenv("WORLD_SIZE", value)
-        with command.processes():
-            assert (training.world(), training.rank(), list(training.mine([3, 4]))) == (1, 0, [3, 4])
+        with processes.processes():
+            assert (processes.world(), processes.rank(), processes.mine([3, 4])) == (1, 0, [3, 4])
 
 
-@pytest.mark.parametrize(("gpu", "rank", "expected"), [
-    (False, None, ["--cpu"]), (False, "1", ["--cpu"]), (True, None, []), (True, "1", ["--cuda-device", "1"]),
+@pytest.mark.parametrize(("rank", "visible", "expected"), [
+    (None, None, None), (None, "2,3", "2,3"), ("1", None, "1"), ("1", "2,3", "3"), ("0", "GPU-a,GPU-b", "GPU-a"),
 ])
 def test_each_process_gets_a_gpu_of_its_own(
-    gpu: bool, rank: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+    rank: str | None, visible: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    for name, value in (("LOCAL_RANK", rank), ("CUDA_VISIBLE_DEVICES", visible)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    processes.select_gpu()
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == expected
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize(("gpu", "expected"), [(False, ["--cpu"]), (True, [])])
+def test_host_is_told_where_there_is_no_gpu(gpu: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("LOCAL_RANK", rank)
-    assert command.device_arguments() == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert processes.device_arguments() == expected
 
 
 # Models of one's own
