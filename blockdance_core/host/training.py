@@ -338,9 +338,11 @@ def candidates(policy: AdaptivePolicy) -> list[Chosen]:
 
 
 def _unlike(one: Plan, other: Plan) -> int:
-    """How many rows differ, most of all in whether they reuse."""
-    return sum(10_000 * ((a is None) != (b is None)) + abs(a.boundary - b.boundary if a and b else 0)
-               for a, b in zip(one, other, strict=True))
+    """How many rows differ, most of all in whether they reuse, then in their boundaries and forecasts."""
+    rows = list(zip(one, other, strict=True))
+    both = [(a, b) for a, b in rows if a and b]
+    return (10_000 * (len(rows) - len(both) - sum(a is None and b is None for a, b in rows))
+            + sum(abs(a.boundary - b.boundary) + (a.forecast != b.forecast) for a, b in both))
 
 
 @torch.inference_mode(False)  # the host runs its nodes in it, and nothing can be learnt there

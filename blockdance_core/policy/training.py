@@ -67,7 +67,7 @@ class Settings:
 
     tradeoffs: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
     epochs: int = 200
-    patience: int = 30
+    patience: int = 60
     group: int = 8
     pictures: int = 16
     rate: float = 1e-3
