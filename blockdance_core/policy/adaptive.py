@@ -83,7 +83,7 @@ class AdaptivePolicy:
         require(bool(self.segments), "it decides nothing")
         require(all(segment.options for segment in self.segments), "a segment has no options")
         require(all(len({len(plan) for plan in segment.options}) == 1 and segment.options[0] for segment in self.segments),
-                 "the options of a segment must have as many steps")
+                "the options of a segment must have as many steps")
         starts = [segment.start for segment in self.segments]
         stops = [segment.stop for segment in self.segments]
         require(starts[0] >= LEAST_STEP, f"it looks at step {starts[0]}, expected {LEAST_STEP} or more")
@@ -97,7 +97,7 @@ class AdaptivePolicy:
         require(len({row.forecast.anchored for row in self._rows()}) <= 1, "its options mix hold with other forecasts")
         boundary = self.boundary
         require(boundary is None or 0 <= boundary < self.base.depth,
-                 f"boundary {boundary} is outside the depth of {self.base.depth} blocks")
+                f"boundary {boundary} is outside the depth of {self.base.depth} blocks")
 
     @property
     def entry(self) -> Calibrated:

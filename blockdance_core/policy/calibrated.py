@@ -47,14 +47,14 @@ class Calibrated:
         of = f"the calibration of {self.sampler}: "
         require(self.steps >= 1, f"{of}it has no steps")
         require(all(math.isfinite(level) and 0 <= level <= 1 for level in self.levels),
-                 f"{of}levels must be shares from 0 to 1")
+                f"{of}levels must be shares from 0 to 1")
         require(ascending(self.levels) and self.levels[0] < self.levels[-1], f"{of}levels must ascend")
         require(len(self.plans) >= 1, f"{of}it has no plan")
         require(len(self.plans) == len(self.cuts) == len(self.losses),
-                 f"{of}{len(self.plans)} plans, {len(self.cuts)} cuts and {len(self.losses)} losses, expected as many of each")
+                f"{of}{len(self.plans)} plans, {len(self.cuts)} cuts and {len(self.losses)} losses, expected as many of each")
         require(all(len(plan) == self.steps for plan in self.plans), f"{of}a plan must have {self.steps} steps")
         require(all(0 <= cut < 1 for cut in self.cuts) and ascending(self.cuts),
-                 f"{of}cuts must ascend, and be shares from 0 to below 1")
+                f"{of}cuts must ascend, and be shares from 0 to below 1")
         require(all(math.isfinite(loss) and loss >= 0 for loss in self.losses), f"{of}losses must be 0 or more")
         require_rows(self.plans, of)
 
@@ -181,7 +181,7 @@ class SchedulePolicy:
         require(bool(self.entries), "it holds no calibrated schedule")
         boundary = self.boundary
         require(boundary is None or boundary < self.depth,
-                 f"boundary {boundary} is outside the depth of {self.depth} blocks")
+                f"boundary {boundary} is outside the depth of {self.depth} blocks")
 
     @property
     def boundary(self) -> int | None:
@@ -260,7 +260,7 @@ def require_rows(plans: Iterable[Plan], of: str = "") -> None:
     for row in {row for plan in plans for row in plan if row}:
         require(row.boundary >= 0, f"{of}boundary {row.boundary} must be 0 or more")
         require(0 <= row.forecast.order <= _MAX_ORDER,
-                 f"{of}order {row.forecast.order} of a forecast must be 0 to {_MAX_ORDER}")
+                f"{of}order {row.forecast.order} of a forecast must be 0 to {_MAX_ORDER}")
         require(0 <= row.forecast.damping <= 1, f"{of}damping {row.forecast.damping} of a forecast must be 0 to 1")
 
 

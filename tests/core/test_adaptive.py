@@ -15,11 +15,11 @@ from core.test_policy import even, policy
 from blockdance_core.config import Config, ConfigError, Policy
 from blockdance_core.forecast import FORECASTS, Forecast
 from blockdance_core.policy import AdaptivePolicy, PolicyError, load, save
-from blockdance_core.policy.adaptive import Segment, every_step, one_choice, step_at
+from blockdance_core.policy.adaptive import Segment, every_step, one_choice, parts_of, step_at
 from blockdance_core.policy.calibrated import level_for
 from blockdance_core.policy.network import GRID, DecisionNetwork, NetworkShape, Sight
 from blockdance_core.policy.training import Chosen, Outcome, Reading, Settings, Trainer
-from blockdance_core.schedule import Reuse
+from blockdance_core.schedule import Reuse, Schedule, follow
 
 SHALLOW, DEEP = Reuse(20, FORECASTS["delta"]), Reuse(26, Forecast(True, 2, 0.5))
 START = 8
@@ -404,3 +404,29 @@ def test_record_of_a_file_is_plain_json(tmp_path: Path) -> None:
     save(adaptive(), tmp_path / "a.safetensors")
     with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert json.loads(file.metadata()["record"]) == {"reward": "fidelity"}
+
+
+# Samples of a batch
+
+
+def wanted(*shares: float) -> list[Schedule]:
+    """For each sample a schedule that reuses a share of 20 steps at all of 27 blocks."""
+    reuse = Reuse(26, FORECASTS["delta"])
+    return [follow((None, *(reuse if k <= share * 20 else None for k in range(1, 20)))) for share in shares]
+
+
+def test_samples_that_want_the_same_go_together() -> None:
+    parts = parts_of(wanted(0.8, 0.0, 0.8), 28)
+    assert [samples for samples, _ in parts] == [(0, 2), (1,)]
+
+
+def test_parts_that_differ_little_are_joined_and_follow_the_one_that_saves_least() -> None:
+    many = wanted(0.8, 0.75, 0.7, 0.1, 0.8, 0.75, 0.7, 0.1)
+    parts = parts_of(many, 28)
+    assert [samples for samples, _ in parts] == [(0, 1, 2, 4, 5, 6), (3, 7)]
+    assert [schedule for _, schedule in parts] == [many[2], many[3]]
+
+
+def test_batch_that_must_go_as_one_follows_the_one_that_saves_least() -> None:
+    many = wanted(0.8, 0.3, 0.6)
+    assert parts_of(many, 28, together=True) == (((0, 1, 2), many[1]),)

@@ -6,14 +6,16 @@ import dataclasses
 import json
 import logging
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from blockdance_core.schedule import follow
 from demo.architectures import ARCHITECTURES
 from demo.bench import __main__ as program
-from demo.bench import figures, latency, methods, page, real_size, rivals, runner
+from demo.bench import adaptive, figures, latency, methods, page, real_size, rivals, runner
 
 
 def _letters(plan) -> str:
@@ -342,3 +344,33 @@ def test_models_of_real_size_have_the_size_of_their_releases(name, billions, dep
     network = config.get_model({}, "", device="meta").diffusion_model
     assert sum(parameter.numel() for parameter in network.parameters()) / 1e9 == pytest.approx(billions, rel=0.06)
     assert len(families.find(network).blocks) == depth
+
+
+def _adaptive_row(**changes: Any) -> dict[str, Any]:
+    return {
+        "tradeoff": 4.0, "cut": 0.6, "cut_easy": 0.66, "cut_hard": 0.54, "apart_interval": (0.1, 0.14), "plans": 3,
+        "ssim": 0.991, "static": 0.984, "gain": 0.007, "gain_interval": (0.002, 0.012), "tenth": 0.97, "static_tenth": 0.94,
+        "tenth_interval": (0.01, 0.05), **changes,
+    }
+
+
+def test_page_says_what_looking_at_the_picture_brings() -> None:
+    found = {
+        "model": "some", "steps": 30, "sampler": "euler", "n": 64, "split": "test", "seed": 0, "start": 6, "options": 15,
+        "parameters": 200_000, "decision_ms": 4.0, "full_ms": 2000.0, "command": "python dev.py bench --adaptive",
+        "environment": {"device": "a CPU"}, "rows": [_adaptive_row()], "training": {
+            "pictures": 100, "reward": "ssim", "rollouts": 300.0, "calls": 9000.0, "minutes": 12.5, "command": "train"}}
+    text = page.render(_data() | {"adaptive": {"some": found}}, {})
+    assert "64 test captions, half of them hard, seed 0" in text
+    assert "Deciding takes 4.0 ms of a full run's 2000 (0.20%)" in text
+    assert ("| 4 | 60.0% | 66.0% / 54.0% | +10.0% to +14.0% | 3 | 0.9910 | 0.9840 | +0.0070 (+0.0020 to +0.0120) | 0.9700 | 0.9400 | "
+            "+0.0300 (+0.0100 to +0.0500) |") in text
+    assert "look at the picture" not in page.render(_data(), {})
+
+
+def test_static_of_a_cut_between_two_levels_is_their_mean_by_lot() -> None:
+    similarity = np.array([[1.0, 1.0], [0.9, 0.8], [0.5, 0.4]])
+    levels = [(0.0, 0), (0.4, 1), (0.6, 2)]
+    assert adaptive._static(levels, similarity, 0.2).tolist() == pytest.approx([0.95, 0.9])
+    assert adaptive._static(levels, similarity, 0.55).tolist() == pytest.approx([0.6, 0.5])
+    assert adaptive._static(levels, similarity, 0.9).tolist() == pytest.approx([0.5, 0.4])
