@@ -56,7 +56,13 @@ def test_readme_names_every_family(family: Family) -> None:
 
 def test_changelog_names_every_input() -> None:
     changelog = (REPO / "CHANGELOG.md").read_text(encoding="utf-8")
-    nodes = ("BlockDanceAccelerate", "BlockDanceReport", "BlockDanceLoadPolicy", "BlockDanceProfile", "BlockDanceCalibrate")
-    inputs = ("model", "policy_name", "profile", "boundaries", "cut", "fidelity", "effort")
+    nodes = (
+        "BlockDanceAccelerate", "BlockDanceReport", "BlockDanceLoadPolicy", "BlockDanceProfile", "BlockDanceCalibrate",
+        "BlockDanceTrainPolicy",
+    )
+    inputs = (
+        "model", "policy_name", "profile", "boundaries", "cut", "fidelity", "effort", "choices", "start", "tradeoffs", "reward",
+        "epochs", "seed", "prompts", "clip", "vae", "clip_vision",
+    )
     for name in (*nodes, *inputs, *(name for name in Config.__dataclass_fields__ if name != "tolerance")):
         assert f"`{name}`" in changelog
