@@ -72,8 +72,8 @@ class Design:
     boundaries: tuple[int, ...] = ()
     forecast: str = "taylor"
     maps: int = 3
-    width: int = 64
-    depth: int = 2
+    width: int = 32
+    depth: int = 1
     heads: int = 4
     share: bool = True
 

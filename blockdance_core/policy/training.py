@@ -8,6 +8,7 @@ the gradient is that of the expected reward itself; and one network learns sever
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +23,12 @@ from blockdance_core.policy.network import DecisionNetwork
 ENUMERATED = 64
 """With at most so many choices in all, every one of them is tried on every picture."""
 _BIAS = 2.0
-"""Head start in the logits of what is best for all pictures alike."""
+"""Head start in the logits of what is best for all pictures alike, where choices are drawn."""
+_HINT = 0.1
+"""The same where all of them are tried."""
+_ENTROPY = (2.0, 0.6)
+"""Weight of the entropy at the beginning, and from the middle on."""
+_LEAST_GAP = 1e-4
 _WARM = 8
 """On so many pictures it is found out what that is, where not everything is tried."""
 
@@ -162,7 +168,7 @@ class Trainer:
         for level, reward in enumerate(self._rewards(pictures, candidates).mean(0).T):
             at = 0
             for size, index in zip(self.sizes, candidates[int(reward.argmax())], strict=True):
-                bias[level, at + index] += _BIAS if size > 1 else 0.0
+                bias[level, at + index] += (_HINT if self.all else _BIAS) if size > 1 else 0.0
                 at += size
         self._judge()
 
@@ -252,15 +258,26 @@ class Trainer:
         return torch.stack([found[k] for k in pictures]).view(len(pictures), len(self.tradeoffs), self.policy.choices)
 
     def _exact_loss(self, pictures: Sequence[int]) -> Tensor:
-        """Minus the expected reward, mean over pictures, sum over levels."""
+        """Minus the expected reward and some entropy, mean over pictures, sum over levels.
+
+        A reward counts in units of what there is to gain, at its level, over one choice for all pictures. Without the entropy,
+        which fades, the first good choice would soon be all that has a chance.
+        """
         rewards = self._rewards(pictures, self.all)  # [pictures, choices in all, levels]
-        rewards = (rewards - rewards.mean(1, keepdim=True) if self.settings.baseline else rewards) / (1 + self.tradeoffs)
+        rewards = (rewards - rewards.mean(1, keepdim=True) if self.settings.baseline else rewards) / self._gap
         parts = [part.log_softmax(2) for part in self.logits(pictures).split(self.sizes, 2)]
-        chances = torch.stack([
-            sum((part[:, :, index] for part, index in zip(parts, chosen, strict=True)), torch.zeros(())).exp()
-            for chosen in self.all
+        logs = torch.stack([
+            sum((part[:, :, index] for part, index in zip(parts, chosen, strict=True)), torch.zeros(())) for chosen in self.all
         ], 1)
-        return -(chances * rewards).sum((1, 2)).mean()
+        first, last = _ENTROPY
+        entropy = first + (last - first) * min(2 * self.epoch / self.settings.epochs, 1)
+        return -(logs.exp() * (rewards - entropy * logs)).sum((1, 2)).mean()
+
+    @functools.cached_property
+    def _gap(self) -> Tensor:
+        """[levels]: mean reward of the best choice for each training picture, less that of the best for all of them."""
+        rewards = self._rewards(self.training, self.all)
+        return (rewards.amax(1).mean(0) - rewards.mean(0).amax(0)).clamp(min=_LEAST_GAP)
 
     def _sampled_loss(self, pictures: Sequence[int]) -> Tensor:
         """REINFORCE: minus the advantage times the logarithm of the chance, mean over pictures and group."""

@@ -307,7 +307,7 @@ def trainer(looks: AdaptivePolicy, settings: Settings, count: int = 24) -> tuple
 
 def test_enumerated_training_gives_each_kind_of_picture_its_own_and_asks_once() -> None:
     looks = adaptive(one_choice(policy().entries[0], START), levels=2)
-    teach, hard, asked = trainer(looks, Settings(tradeoffs=(0.5, 2.0), epochs=60, rate=3e-3, patience=60))
+    teach, hard, asked = trainer(looks, Settings(tradeoffs=(0.5, 2.0), epochs=150, rate=3e-3, patience=150))
     teach.begin([])
     while not teach.over:
         teach.step()
