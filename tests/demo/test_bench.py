@@ -349,7 +349,8 @@ def test_models_of_real_size_have_the_size_of_their_releases(name, billions, dep
 def _adaptive_row(**changes: Any) -> dict[str, Any]:
     return {
         "tradeoff": 4.0, "cut": 0.6, "cut_easy": 0.66, "cut_hard": 0.54, "apart_interval": (0.1, 0.14), "plans": 3,
-        "ssim": 0.991, "static": 0.984, "gain": 0.007, "gain_interval": (0.002, 0.012), "tenth": 0.97, "static_tenth": 0.94,
+        "ssim": 0.991, "static": 0.984, "gain": 0.007, "gain_interval": (0.002, 0.012),
+        "alike": 0.988, "alike_gain": 0.003, "alike_interval": (-0.001, 0.007), "tenth": 0.97, "static_tenth": 0.94,
         "tenth_interval": (0.01, 0.05), **changes,
     }
 
@@ -364,8 +365,13 @@ def test_page_says_what_looking_at_the_picture_brings() -> None:
     assert "64 test captions, half of them hard, seed 0" in text
     assert "Deciding takes 4.0 ms of a full run's 2000 (0.20%)" in text
     assert ("| 4 | 60.0% | 66.0% / 54.0% | +10.0% to +14.0% | 3 | 0.9910 | 0.9840 | +0.0070 (+0.0020 to +0.0120) | "
-            "0.9700 | 0.9400 | +0.0300 (+0.0100 to +0.0500) |") in text
+            "0.9880 | +0.0030 (-0.0010 to +0.0070) | 0.9700 | 0.9400 | +0.0300 (+0.0100 to +0.0500) |") in text
     assert "look at the picture" not in page.render(_data(), {})
+
+
+def test_only_schedules_that_none_of_the_others_beats_count_as_one_for_all() -> None:
+    similarity = np.array([[1.0], [0.8], [0.9], [0.5]])
+    assert adaptive._unbeaten([(0.0, 0), (0.3, 1), (0.4, 2), (0.6, 3)], similarity) == [(0.0, 0), (0.4, 2), (0.6, 3)]
 
 
 def test_static_of_a_cut_between_two_levels_is_their_mean_by_lot() -> None:
