@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -407,7 +408,7 @@ def train(
         looked = itertools.count(1)
         readings = pictures.readings(policy.network, lambda: progress("full runs", next(looked), len(prompts), []))
     work = _Work(pictures, readings, settings, checkpoint, about, progress, before)
-    trainer = work.trainer
+    trainer, finished = work.trainer, False
     try:
         if not trainer.curve:
             trainer.begin(candidates(policy))
@@ -415,10 +416,10 @@ def train(
             trainer.step()
             progress("passes", trainer.epoch, settings.epochs, trainer.curve)
             work.keep_at_times()
-    except BaseException:
-        if world() == 1:  # several processes cannot be asked together any more: the last checkpoint counts
+        finished = True
+    finally:
+        if not finished and world() == 1:  # of several processes the others know nothing of it: the last checkpoint counts
             work.keep()
-        raise
     return _written(work, path, about | (record or {}))
 
 
@@ -541,7 +542,7 @@ def _resumed(checkpoint: Path, about: dict[str, Any]) -> dict[str, Any] | Config
     try:
         state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
         same = _extensible(json.loads(state["about"])) == _extensible(json.loads(json.dumps(about)))
-    except Exception as error:  # noqa: BLE001, whatever a damaged file does
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         return ConfigError(f"Cannot go on from {checkpoint}: it is damaged ({type(error).__name__}). Remove it, or choose "
                            "another name.")
     if not same:
