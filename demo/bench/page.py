@@ -336,7 +336,13 @@ def _adaptive(data: dict[str, Any]) -> Iterator[str]:
             f"model, {training['minutes']:g} minutes on {found['environment']['device']} (`{training['command']}`). Measured "
             f"by `{found['command']}`."
         )
-        yield from ("", adaptive.table(found), "")
+        rows = found["rows"]
+        counts = "; ".join(
+            f"{about} better at {sum(row[name][0] > 0 for row in rows)}, worse at {sum(row[name][1] < 0 for row in rows)}"
+            for about, name in (("than static", "gain_interval"), ("in the worst tenth", "tenth_interval"),
+                                ("than one for all", "alike_interval"))
+        )
+        yield from ("", adaptive.table(found), "", f"Of {len(rows)} levels, by intervals that leave out 0: {counts}.", "")
 
 
 def _sweeps(data: dict[str, Any]) -> Iterator[str]:
