@@ -40,7 +40,7 @@ COLUMNS = ("left", "center", "right")
 CENTRES = (16.0, 32.0, 48.0)  # pixels, for rows and columns alike
 LETTERS = ("unmarked", "c", "e", "h", "k", "n", "t", "x", "z")
 MOTIONS = {"still": (0, 0), "leftward": (0, -1), "rightward": (0, 1), "upward": (-1, 0), "downward": (1, 0)}  # rows, columns
-PACES = {"slowly": 1.6, "fast": 3.4}  # pixels a frame
+PACES = {"slowly": 4 / 3, "fast": 8 / 3}  # pixels a frame: half a token and a token of wan-mini in its three frames
 BACKGROUNDS = {  # two tones each, which the fill mixes
     "white": ((0.96, 0.96, 0.96), (0.62, 0.63, 0.66)),
     "grey": ((0.58, 0.58, 0.60), (0.32, 0.32, 0.34)),

@@ -55,8 +55,9 @@ class Recipe:
         muon_rate: Full rate of the blocks' matrices: lower where a block's gates begin open.
         text_rate: Rate of all that comes before the captions' way into the blocks, as a share of AdamW's: low where that
             way is a cross-attention alone, else captions are silenced before the blocks have learned to listen.
-        opening: Share of the steps on clips of the first few frames alone, as many as one row of tokens holds, and as many
-            more of them: pictures are learned before long motion, at the same cost a step.
+        opening: Shares of the steps before which all of them, and then every other one, are on brief clips: the first few
+            frames alone, as many as one row of tokens holds, and as many more of them. Pictures are learned before long
+            motion, at the same cost a step.
         spread: Mean and deviation of log(sigma / (1 - sigma)), where sigma is the share of noise in a training sample.
     """
 
@@ -66,14 +67,14 @@ class Recipe:
     ease: tuple[float, float] = (0.0, 0.0)
     muon_rate: float = 0.02
     text_rate: float = 1.0
-    opening: float = 0.0
+    opening: tuple[float, float] = (0.0, 0.0)
     spread: tuple[float, float] = (0.0, 1.0)
 
 
 RECIPES = {
     "sd3-mini": Recipe(steps=4500),
     "pixart-mini": Recipe(steps=6500, ease=(0.3, 0.6), muon_rate=0.01, text_rate=0.1, spread=(0.4, 1.2)),
-    "wan-mini": Recipe(batch=32, steps=12000, muon_rate=0.01, text_rate=0.1, opening=0.21, spread=(0.4, 1.0)),
+    "wan-mini": Recipe(batch=32, steps=10800, muon_rate=0.01, text_rate=0.1, opening=(0.25, 0.65), spread=(0.4, 1.0)),
 }
 
 
@@ -210,6 +211,11 @@ def rate_at(step: int, steps: int, decay: float) -> float:
     return min(1.0, (step + 1) / WARMUP, (steps - step) / (decay * steps))
 
 
+def brief_at(step: int, steps: int, opening: tuple[float, float]) -> bool:
+    """Whether a step is on brief clips: all of them in the opening, then every other one."""
+    return step < opening[0] * steps or (step < opening[1] * steps and step % 2 == 1)
+
+
 class Masters:
     """Parameters in float32, whose copies in bfloat16 the network computes with; gradients gather in one flat vector.
 
@@ -260,7 +266,6 @@ class Run:
         self.trainee = Trainee(architecture).to(self.device)
         self.data = Data(architecture, options.autoencoder, self.recipe, options.seed)
         self.loss = objective_of(architecture)
-        self.opening = round(self.recipe.opening * self.recipe.steps)
         self.record = {
             "name": options.name,
             **dataclasses.asdict(self.recipe),
@@ -286,7 +291,7 @@ class Run:
         ]
         self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         self.ema = [p.detach().clone() for p in self.parameters]
-        self.step = 0
+        self.step = self.samples = 0
         self.seconds = 0.0
         self.log: list[dict[str, float]] = []
         path = options.out / "checkpoint.pt"
@@ -305,7 +310,7 @@ class Run:
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
         self.ema = [value.detach() for value in state["ema"]]
-        self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
+        self.step, self.samples, self.seconds, self.log = (state[key] for key in ("step", "samples", "seconds", "log"))
         logger.info("resumed at step %d", self.step)
 
     def save(self) -> None:
@@ -323,6 +328,7 @@ class Run:
             "adam": self.adam.state_dict(),
             "ema": self.ema,
             "step": self.step,
+            "samples": self.samples,
             "seconds": self.seconds,
             "log": self.log,
         }
@@ -339,9 +345,9 @@ class Run:
         begun = time.monotonic() - self.seconds
         while self.step < self.recipe.steps:
             rate = rate_at(self.step, self.recipe.steps, self.recipe.decay)
+            brief = brief_at(self.step, self.recipe.steps, self.recipe.opening)
             loss = torch.zeros(())
             for shard in shards:
-                brief = self.step < self.opening
                 error = self._error(self.data(self.step, shard, self.recipe.batch // SHARDS, brief=brief)) / SHARDS
                 error.backward()
                 self.masters.gather()
@@ -354,6 +360,7 @@ class Run:
             self.masters.publish()
             self.masters.gradient.zero_()
             self.step += 1
+            self.samples += self.recipe.batch * (self.data.rows if brief else 1)
             with torch.no_grad():
                 torch._foreach_lerp_(self.ema, self.parameters, 1 - min(EMA, self.step / (self.step + 10)))
             losses.append(loss_value)
@@ -388,7 +395,7 @@ class Run:
         self.masters.publish()
         row = {
             "step": self.step,
-            "samples": self._samples(self.step),
+            "samples": self.samples,
             "seconds": round(self.seconds),
             "rate": round(rate, 4),
             "loss": round(sum(losses) / len(losses), 5),
@@ -399,10 +406,6 @@ class Run:
         before = self.log[-2] if len(self.log) > 1 else {"samples": 0, "seconds": 0.0}
         logger.info("%s  %.1f samples/s", row, (row["samples"] - before["samples"]) / (self.seconds - before["seconds"]))
         self.save()
-
-    def _samples(self, step: int) -> int:
-        """Samples seen after a step: in the opening there are more in a batch."""
-        return (step + (self.data.rows - 1) * min(step, self.opening)) * self.recipe.batch
 
 
 def _compiler_works() -> bool:
