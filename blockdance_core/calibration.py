@@ -8,6 +8,7 @@ error at some step matters in the end is measured too (`gain`). Errors of differ
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,14 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from blockdance_core.forecast import Forecast
+from blockdance_core.forecast import MOST_FEATURES, Forecast
 from blockdance_core.schedule import Plan, Reuse
 
 CANDIDATES = (
     Forecast(True), *(Forecast(True, order, damping) for order in (1, 2) for damping in (0.25, 0.5, 0.75, 1.0))
 )
-"""Forecasts to choose from for each step of a group; of equally good ones the first is taken."""
+"""Expansions to choose from for each step of a group; of equally good ones the first is taken."""
+_RIDGE = 1e-5
+"""How much fitted weights keep to the best expansion, as a share of what a stored residual weighs."""
 Forecasts = Sequence[Sequence[Sequence[Sequence["Forecast | None"]]]]
+"""The best forecast for the j-th step of a group, at [v][c][lag][j]; None where there is none."""
 _UNIT = 24
 """Budgets are counted in this many parts of a step."""
 
@@ -38,7 +42,8 @@ class Profile:
         boundaries: The boundaries that were measured, V of them.
         costs: Time of a reuse step of each, as a share of a computed one, [V].
         lags: The lags that were measured, ascending.
-        forecasts: The best forecast for the j-th step of a group, at [v][c][lag][j]; None where there is none.
+        sigmas: Noise levels of the steps.
+        grams: Inner products of the residuals of all steps, [V, steps, steps]; NaN of two that cannot be compared.
         errors: Distance to the full run behind a group of g steps, [prompts, V, steps, lags, longest] at [..., g - 1]. A
             group of one step has none. NaN where nothing was measured.
         gains: What a distance of 1 at the beginning of a step becomes by the end of the run, [prompts, steps + 1].
@@ -47,7 +52,8 @@ class Profile:
     boundaries: tuple[int, ...]
     costs: tuple[float, ...]
     lags: tuple[int, ...]
-    forecasts: Forecasts
+    sigmas: tuple[float, ...]
+    grams: np.ndarray
     errors: np.ndarray
     gains: np.ndarray
 
@@ -68,49 +74,70 @@ class Profile:
         return np.asarray(np.square(self.errors * gains).mean(0))
 
 
-def chosen(errors: np.ndarray) -> Forecasts:
-    """The best candidates.
+def best_forecast(gram: np.ndarray, sigmas: Sequence[float], nodes: Sequence[int], step: int) -> Forecast | None:
+    """The best expansion for a step, and the weights that least squares find.
 
     Args:
-        errors: Squared error of every candidate, [V, steps, lags, longest, candidates]; NaN where it does not apply.
+        gram: Inner products of the residuals of all steps, [steps, steps]: all that any forecast's error depends on.
+        sigmas: Noise levels of the steps.
+        nodes: The computed steps before it, newest first.
+        step: The step that reuses.
+
+    Returns:
+        None if not even the newest can be compared with the step.
     """
-    indices = np.nan_to_num(errors, nan=np.inf).argmin(-1)
-    known = np.isfinite(errors).any(-1)
+    nodes = nodes[:MOST_FEATURES]
+    known = list(itertools.takewhile(lambda node: np.isfinite(gram[node, [nodes[0], step]]).all(), nodes))
+    if not known:
+        return None
+    inner, outer = gram[np.ix_(known, known)], gram[known, step]
 
-    def named(index: np.ndarray, there: np.ndarray) -> list[Any]:
-        if index.ndim == 1:
-            return [CANDIDATES[one] if yes else None for one, yes in zip(index, there, strict=True)]
-        return [named(*pair) for pair in zip(index, there, strict=True)]
+    def weights_of(forecast: Forecast) -> np.ndarray:
+        found = forecast.weights([sigmas[node] for node in known], sigmas[step])
+        return np.array([*found, *[0.0] * (len(known) - len(found))])
 
-    return named(indices, known)
+    def error(weights: np.ndarray) -> float:
+        return float(weights @ inner @ weights - 2 * weights @ outer)
+
+    best = min((one for one in CANDIDATES if one.order < len(known)), key=lambda one: error(weights_of(one)))
+    start = weights_of(best)
+    ridge = _RIDGE * np.trace(inner) / len(known) + np.finfo(float).tiny
+    fitted = start + np.linalg.solve(inner + ridge * np.eye(len(known)), outer - inner @ start)
+    pairs = tuple((step - node, float(np.float32(weight))) for node, weight in zip(known, fitted, strict=True))
+    return dataclasses.replace(best, fitted=pairs)
+
+
+def chosen(grams: np.ndarray, sigmas: Sequence[float], lags: Sequence[int], longest: int) -> Forecasts:
+    """The best forecast for each step of each group, after computed steps that are a lag apart."""
+    steps = range(grams.shape[1])
+
+    def of(gram: np.ndarray, c: int, lag: int, j: int) -> Forecast | None:
+        nodes = [node for node in (c, c - lag, c - 2 * lag) if node >= 0]
+        return best_forecast(gram, sigmas, nodes, c + j) if j and c + j in steps else None
+
+    return [[[[of(gram, c, lag, j) for j in range(longest)] for lag in lags] for c in steps] for gram in grams]
 
 
 def merged(profiles: Sequence[Profile]) -> Profile:
     """One profile of all prompts."""
     first = profiles[0]
-    if any((one.boundaries, one.lags, one.forecasts) != (first.boundaries, first.lags, first.forecasts) for one in profiles):
+    if any((one.boundaries, one.lags, one.sigmas) != (first.boundaries, first.lags, first.sigmas) for one in profiles):
         raise ValueError("profiles of different settings cannot be merged")
     return dataclasses.replace(
         first, costs=tuple(np.mean([one.costs for one in profiles], 0).tolist()),
+        grams=np.sum([one.grams for one in profiles], 0),
         errors=np.concatenate([one.errors for one in profiles]), gains=np.concatenate([one.gains for one in profiles]),
     )
 
 
 def save_profile(profile: Profile, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
     """Write a profile, whole or not at all, as a NumPy archive; what it was measured with beside it, as JSON."""
-    rows = np.array(profile.forecasts, dtype=object)
-    fields = {
-        name: np.vectorize(lambda one, name=name: -1 if one is None else getattr(one, name), otypes=[float])(rows)
-        for name in ("anchored", "order", "damping")
-    }
+    fields = {field.name: getattr(profile, field.name) for field in dataclasses.fields(profile)}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(path.name + ".part")
     with written.open("wb") as file:
-        np.savez_compressed(
-            file, settings=json.dumps(dict(settings)), boundaries=profile.boundaries, costs=profile.costs, lags=profile.lags,
-            errors=profile.errors, gains=profile.gains, **fields,
-        )
+        np.savez_compressed(file, settings=json.dumps(dict(settings)), **fields)
     os.replace(written, path)
 
 
@@ -118,17 +145,9 @@ def load_profile(path: str | os.PathLike[str]) -> tuple[Profile, dict[str, Any]]
     """A profile and its settings, as `save_profile` wrote them; nothing in the file is executed."""
     with np.load(path, allow_pickle=False) as file:
         found = {name: file[name] for name in file.files}
-    rows = np.stack([found[name] for name in ("anchored", "order", "damping")], -1)
-
-    def named(of: np.ndarray) -> Any:
-        if of.ndim > 1:
-            return [named(one) for one in of]
-        anchored, order, damping = of.tolist()
-        return None if order < 0 else Forecast(bool(anchored), int(order), damping)
-
-    boundaries, costs, lags = (tuple(found[name].tolist()) for name in ("boundaries", "costs", "lags"))
-    settings: dict[str, Any] = json.loads(str(found["settings"]))
-    return Profile(boundaries, costs, lags, named(rows), found["errors"], found["gains"]), settings
+    settings: dict[str, Any] = json.loads(str(found.pop("settings")))
+    rows = {name: tuple(found.pop(name).tolist()) for name in ("boundaries", "costs", "lags", "sigmas")}
+    return Profile(**rows, **found), settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,41 +196,40 @@ def front(profile: Profile, lead: int = 1) -> list[Found]:
                     better = arrived < there
                     there[better] = arrived[better]
                     came[c + size, size, better] = (lag, way)
-    cost = dict(zip(profile.boundaries, profile.costs, strict=True))
-    found: list[Found] = []
+    found: list[tuple[float, float, list[tuple[int, int, int]]]] = []
     for budget in range(budgets - 1, -1, -1):
         lag = int(best[steps, :, budget].argmin())
         loss = float(best[steps, lag, budget])
         if np.isfinite(loss):
-            plan = _backwards(profile, came, lag, budget, costs)
-            found.append(Found(plan, sum(1 - cost[row.boundary] for row in plan if row) / steps, loss))
-    kept: list[Found] = []
-    for one in sorted(found, key=lambda one: (-one.cut, one.loss)):
-        if not kept or one.loss < kept[-1].loss:
+            groups = _backwards(steps, came, lag, budget, costs)
+            saved = sum((size - 1) * (1 - profile.costs[way]) for _, size, way in groups if size > 1) / steps
+            found.append((saved, loss, groups))
+    kept: list[tuple[float, float, list[tuple[int, int, int]]]] = []
+    for one in sorted(found, key=lambda one: (-one[0], one[1])):
+        if not kept or one[1] < kept[-1][1]:
             kept.append(one)
-    return kept[::-1]
+    return [Found(plan_of(profile, groups), saved, loss) for saved, loss, groups in kept[::-1]]
 
 
-def _backwards(profile: Profile, came: np.ndarray, lag: int, budget: int, costs: Sequence[int]) -> Plan:
+def _backwards(steps: int, came: np.ndarray, lag: int, budget: int, costs: Sequence[int]) -> list[tuple[int, int, int]]:
     groups = []
-    c = profile.steps
+    c = steps
     while c > 0:
         before, way = (int(value) for value in came[c, lag, budget])
         groups.append((c - lag, lag, way))
         budget -= _UNIT + (costs[way] * (lag - 1) if lag > 1 else 0)
         c, lag = c - lag, before
-    return plan_of(profile, groups[::-1])
+    return groups[::-1]
 
 
 def plan_of(profile: Profile, groups: Sequence[tuple[int, int, int]]) -> Plan:
-    """The plan of groups (computed step, size, way), with the forecasts that were chosen for them."""
+    """The plan of groups (computed step, size, way), with the best forecasts for exactly these computed steps."""
     rows: list[Reuse | None] = []
-    lag = 1
+    nodes: list[int] = []
     for c, size, way in groups:
-        forecasts = profile.forecasts[way][c][profile.nearest(lag)]
-        reused = [forecasts[min(j, len(forecasts) - 1)] or Forecast(True) for j in range(1, size)]
-        rows += [None, *(Reuse(profile.boundaries[way], forecast) for forecast in reused)]
-        lag = size
+        nodes = [c, *nodes[: MOST_FEATURES - 1]]
+        forecasts = (best_forecast(profile.grams[way], profile.sigmas, nodes, c + j) for j in range(1, size))
+        rows += [None, *(Reuse(profile.boundaries[way], forecast or Forecast(True)) for forecast in forecasts)]
     return tuple(rows)
 
 

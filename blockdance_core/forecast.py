@@ -16,6 +16,10 @@ _MAX_REACH = 8.0
 """No extrapolation further than this many times the distance of the stored sigmas: off-grid samplers store close pairs."""
 
 
+MOST_FEATURES = 3
+"""Stored features, at most, that a forecast weighs."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Forecast:
     """A way to predict the boundary feature of a reuse step.
@@ -24,24 +28,35 @@ class Forecast:
         anchored: Whether residuals are stored, and added to the current input of block 0.
         order: Highest order of the extrapolation along sigma; costs one stored tensor each.
         damping: Factor 0..1 on the extrapolated part; 1 is the plain expansion.
+        fitted: Weights that a calibration found, newest first, each with how many steps before the feature was stored. They
+            hold where exactly those features are stored; elsewhere the expansion does.
     """
 
     anchored: bool
     order: int = 0
     damping: float = 1.0
+    fitted: tuple[tuple[int, float], ...] = ()
 
-    def weights(self, stored_at: Sequence[float], sigma: float) -> tuple[float, ...]:
+    @property
+    def features(self) -> int:
+        """Most stored features that it weighs."""
+        return max(self.order + 1, len(self.fitted))
+
+    def weights(self, stored_at: Sequence[float], sigma: float, ages: Sequence[int] = ()) -> tuple[float, ...]:
         """Weights of the stored features for a forecast at `sigma`.
 
         Args:
             stored_at: Sigmas of the stored features, newest first, at least one.
             sigma: Noise level of the reuse step.
+            ages: How many steps before the reuse step each was stored, if that is known.
 
         Returns:
-            One weight per feature used, newest first; they sum to 1. They are those of Newton's interpolation
+            One weight per feature used, newest first. They are `fitted`, or sum to 1 and are those of Newton's interpolation
             r(s) = r1 + d (s - s1) r[1,2] + d^2 (s - s1) (s - s2) r[1,2,3], with the divided differences r[...] and the damping
             d. The order is lower where features are missing, have the same sigma, or `sigma` is too far beyond them.
         """
+        if self.fitted and tuple(ages[: len(self.fitted)]) == tuple(age for age, _ in self.fitted):
+            return tuple(weight for _, weight in self.fitted)
         weights = [1.0]
         product = 1.0
         for order in range(1, min(self.order, len(stored_at) - 1) + 1):

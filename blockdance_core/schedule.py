@@ -61,7 +61,7 @@ class Schedule:
     @property
     def needed(self) -> int:
         """Most features that a forecast takes."""
-        return max((step.forecast.order + 1 for step in self.steps if step.forecast), default=0)
+        return max((step.forecast.features for step in self.steps if step.forecast), default=0)
 
     @property
     def kept(self) -> int:
@@ -199,7 +199,7 @@ def _scheduled(groups: Sequence[tuple[Sequence[int], Sequence[Reuse]]], count: i
         for k, row in zip(group[1:], rows, strict=True):
             steps[k] = Step(REUSE, boundary, number, forecast=row.forecast)
     for group, rows in groups:
-        history = max(row.forecast.order for row in rows)
+        history = max(row.forecast.features for row in rows) - 1
         computed = [k for k in range(group[0]) if steps[k].decision != REUSE]
         for k in computed[-history:] if history else []:
             steps[k] = dataclasses.replace(steps[k], record=tuple(sorted({*steps[k].record, rows[0].boundary})))

@@ -124,6 +124,7 @@ class FeatureCache:
         boundary: int,
         group: int | None,
         condition: Hashable,
+        step: int,
         sigma: float,
         forecast: Forecast,
         current: Feature | None,
@@ -137,6 +138,7 @@ class FeatureCache:
             boundary: Block index to forecast.
             group: The group of this step; a stream that stored nothing in it has no forecast.
             condition: What holds now; a stream whose last feature was stored under another one has no forecast.
+            step: Index of the executed step.
             sigma: Noise level now.
             forecast: How to weigh what is stored.
             current: Input of block 0 now, all rows, in the layout of the boundary; None where that is not known.
@@ -155,7 +157,7 @@ class FeatureCache:
                 return NOTHING_STORED
             # An output that did not fit its input is held, never extrapolated.
             alike = [entry for entry in history if entry.anchored] if history[0].anchored else history[:1]
-            weights = forecast.weights([entry.sigma for entry in alike], sigma)
+            weights = forecast.weights([one.sigma for one in alike], sigma, [step - one.step for one in alike])
             chunks.append(list(zip(weights, alike, strict=False)))
         try:
             return tuple(

@@ -166,7 +166,7 @@ class Visit:
         injected = {}
         for tap in now.record:
             predicted = self.state.cache.predict(
-                now.keys, tap, self.plan.group, self.info.condition, self.moment.sigma, forecast,
+                now.keys, tap, self.plan.group, self.info.condition, self.moment.step, self.moment.sigma, forecast,
                 self._in_layout_of(tap, feature), self.info.device, since,
             )
             if isinstance(predicted, str):

@@ -14,7 +14,7 @@ from blockdance_core.config import Config
 from blockdance_core.families import Family, declared
 from demo.bench import page as bench_page
 
-DOCUMENTS = [REPO / "README.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").glob("*.md")), *sorted((REPO / "demo").rglob("*.md"))]
+DOCUMENTS = [REPO / "README.md", REPO / "CHANGELOG.md", *sorted(REPO.glob("docs/*.md")), *sorted(REPO.glob("demo/**/*.md"))]
 README = (REPO / "README.md").read_text(encoding="utf-8")
 
 
@@ -49,6 +49,17 @@ def test_page_of_benchmarks_is_the_one_that_the_figures_make(request: pytest.Fix
         bench_page.PAGE.write_text(text, encoding="utf-8")
     assert bench_page.PAGE.read_text(encoding="utf-8") == text, f"run {bench_page.UPDATE}"
     assert all((bench_page.DOCS / group.picture).is_file() for group in bench_page.groups(data))
+
+
+def test_figures_of_calibrated_policies_are_of_the_policies_that_are_shipped() -> None:
+    levels = {
+        (name, entry.steps, f"cut={cut:.3f}")
+        for name, policy in bench_page.policies().items() for entry in policy.entries for cut in entry.cuts
+    }
+    points = json.loads(bench_page.JSON.read_text(encoding="utf-8"))["points"]
+    measured = {(one["model"], one["steps"], one["setting"]) for one in points if one["method"] == "ours-calibrated"}
+    assert measured
+    assert measured <= levels
 
 
 @pytest.mark.parametrize("family", declared(), ids=lambda family: family.name)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blockdance_core import families
-from blockdance_core.calibration import Forecasts, Found, Profile, chosen, front, merged, neighbours
+from blockdance_core.calibration import Found, Profile, chosen, front, merged, neighbours
 from blockdance_core.host import profiling
 from blockdance_core.host.attach import sampler_name
 from blockdance_core.host.levels import noise_levels
@@ -56,7 +56,7 @@ def depth_of(model: ModelPatcher) -> int:
 
 def profiled(
     model: ModelPatcher, prompts: Sequence[Prompt], boundaries: Sequence[int] = (),
-    progress: Callable[[int, int], None] = lambda done, of: None, forecasts: Forecasts | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None, before: np.ndarray | None = None,
 ) -> tuple[Profile, list[Rollouts]]:
     """Measure what reuse costs on some prompts.
 
@@ -65,7 +65,7 @@ def profiled(
         prompts: What is sampled; all with the same sampler, scheduler and steps.
         boundaries: Boundaries to choose from; none for the last block alone.
         progress: Told how many of how many rollouts are done.
-        forecasts: Those that were chosen on other prompts, to measure with; by default they are chosen on these.
+        before: `Profile.grams` of other prompts, on which forecasts are to be found, too.
     """
     depth = depth_of(model)
     boundaries = tuple(boundaries) or (depth - 1,)
@@ -75,7 +75,7 @@ def profiled(
     if steps < _FEWEST:
         raise ValueError(f"A run of {max(steps, 0)} steps has none to reuse: the first and the last are always computed. "
                          f"Choose {_FEWEST} or more.")
-    each = len(profiling.groups(steps, len(boundaries))) + len(profiling.probes(steps)) + 1 + (forecasts is None)
+    each = len(profiling.groups(steps, len(boundaries))) + len(profiling.probes(steps)) + 2
     done = 0
 
     def step(count: int = 1) -> None:
@@ -83,15 +83,15 @@ def profiled(
         done += count
         progress(done, each * len(prompts))
 
-    rollouts, fits = [], []
+    rollouts, grams = [], []
     for prompt in prompts:
         rollouts.append(Rollouts(model, prompt))
-        step()
-        if forecasts is None:
-            fits.append(profiling.fit(rollouts[-1], boundaries))
-            step()
-    forecasts = chosen(np.sum(fits, 0)) if forecasts is None else forecasts
-    return merged([profiling.measure(one, boundaries, forecasts, progress=step) for one in rollouts]), rollouts
+        grams.append(profiling.gram(rollouts[-1], boundaries))
+        step(2)
+    known = np.sum([*grams, *([] if before is None else [before])], 0)
+    forecasts = chosen(known, rollouts[0].full.record["sigmas"], profiling.LAGS, profiling.LONGEST)
+    pairs = zip(rollouts, grams, strict=True)
+    return merged([profiling.measure(one, boundaries, forecasts, gram, progress=step) for one, gram in pairs]), rollouts
 
 
 def calibrated(

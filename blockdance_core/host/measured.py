@@ -58,17 +58,17 @@ def extended(
     before: Measured | None, model: ModelPatcher, prompt: Prompt, boundaries: Sequence[int] = (),
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Measured:
-    """Measure one more prompt, with the boundaries and forecasts of the first one; or the first.
+    """Measure one more prompt, with the boundaries of the first one; or the first.
 
     Raises:
         ValueError: It is another model than before, or is sampled in another way.
     """
     begun = time.perf_counter()
-    forecasts = None
+    grams = None
     if before is not None:
         _require_alike(before, model, prompt, boundaries)
-        boundaries, forecasts = before.profile.boundaries, before.profile.forecasts
-    profile, rollouts = profiled(model, [prompt], boundaries, progress, forecasts)
+        boundaries, grams = before.profile.boundaries, before.profile.grams
+    profile, rollouts = profiled(model, [prompt], boundaries, progress, grams)
     runs, calls, seconds = rollouts[0].count, rollouts[0].calls, time.perf_counter() - begun
     if before is None:
         return Measured(model, (prompt,), profile, runs, calls, seconds)

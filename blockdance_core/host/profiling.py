@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,40 +23,32 @@ from blockdance_core.schedule import Plan, Reuse
 LAGS = (1, 2, 3, 4, 6)
 LONGEST = 7
 _PROBES = 10
-_SAMPLES = 1 << 18
-"""Values of a feature, at most, that forecasts are fitted to."""
+_SAMPLES = 1 << 17
+"""Values of a conditioning's feature, at most, that forecasts are fitted to."""
 
 
-def fit(rollouts: Rollouts, boundaries: Sequence[int], lags: Sequence[int] = LAGS, longest: int = LONGEST) -> np.ndarray:
-    """How far each candidate forecast is from the full run's residuals, for each step of each group.
+def gram(rollouts: Rollouts, boundaries: Sequence[int]) -> np.ndarray:
+    """Inner products of the full run's residuals at all steps, as guidance combines them.
 
     Returns:
-        Squared errors, [boundaries, steps, lags, longest, candidates]; NaN where a step or its history is not there.
+        [boundaries, steps, steps]; NaN of two steps that hold different conditionings, which come and go in mid-run.
     """
     steps = rollouts.steps
-    recorder = _Recorder(families.find(rollouts.model.get_model_object("diffusion_model")).blocks, boundaries)
+    blocks = families.find(rollouts.model.get_model_object("diffusion_model")).blocks
+    recorder = _Recorder(blocks, boundaries, rollouts.prompt.cfg)
     rollouts.run([None] * steps, around=recorder)
-    sigmas = rollouts.full.record["sigmas"]
-    errors = np.full((len(boundaries), steps, len(lags), longest, len(CANDIDATES)), np.nan)
+    found = np.full((len(boundaries), steps, steps), np.nan)
     for v, boundary in enumerate(boundaries):
-        taken = recorder.taken[boundary]
-        for c, (i, lag), j in itertools.product(range(steps), enumerate(lags), range(1, longest)):
-            if c not in taken or c + j not in taken:
-                continue
-            # Conditionings come and go in mid-run: what differs in size is of others.
-            alike = [k in taken and taken[k].shape == taken[c + j].shape for k in (c, c - lag, c - 2 * lag)]
-            history = [c, c - lag, c - 2 * lag][: [*alike, False].index(False)]
-            for index, forecast in enumerate(CANDIDATES):
-                if forecast.order < len(history):
-                    weights = forecast.weights([sigmas[k] for k in history], sigmas[c + j])
-                    predicted = sum(weight * taken[k] for weight, k in zip(weights, history, strict=False))
-                    errors[v, c, i, j, index] = (predicted - taken[c + j]).square().sum()
-    return errors
+        taken = [recorder.residual(boundary, step) for step in range(steps)]
+        for k, other in itertools.product(range(steps), repeat=2):
+            if taken[k] is not None and taken[other] is not None and taken[k][0] == taken[other][0]:
+                found[v, k, other] = torch.dot(taken[k][1], taken[other][1])
+    return found
 
 
 def measure(
-    rollouts: Rollouts, boundaries: Sequence[int], forecasts: Forecasts, lags: Sequence[int] = LAGS, longest: int = LONGEST,
-    progress: Callable[[], None] = lambda: None,
+    rollouts: Rollouts, boundaries: Sequence[int], forecasts: Forecasts, grams: np.ndarray, lags: Sequence[int] = LAGS,
+    longest: int = LONGEST, progress: Callable[[], None] = lambda: None,
 ) -> Profile:
     """What every group costs, and what becomes of an error, on one prompt or batch of prompts.
 
@@ -63,6 +56,7 @@ def measure(
         rollouts: The prompt; its full run is there.
         boundaries: Boundaries to measure.
         forecasts: The forecast of each step of each group.
+        grams: What `gram` found, to be kept with the rest.
         lags: Distances to the computed step before a group.
         longest: Longest group, steps.
         progress: Called after every rollout.
@@ -81,7 +75,8 @@ def measure(
     full = statistics.median(rollouts.full.record["dit_ms"])
     costs = tuple(statistics.median(of) / full if of else 1.0 for of in times)
     gains = _gains(rollouts, boundaries, forecasts, lags[0], progress)
-    return Profile(tuple(boundaries), costs, tuple(lags), forecasts, errors, gains)
+    sigmas = tuple(rollouts.full.record["sigmas"])
+    return Profile(tuple(boundaries), costs, tuple(lags), sigmas, grams, errors, gains)
 
 
 def groups(steps: int, ways: int, lags: Sequence[int] = LAGS) -> list[tuple[int, int, int]]:
@@ -128,23 +123,20 @@ def _gains(
 
 
 class _Recorder:
-    """Keeps a sample of the residuals of some blocks; a visitor of `intercept`.
+    """Keeps a sample of the residuals of some blocks, of the first evaluation of each step; a visitor of `intercept`."""
 
-    Attributes:
-        taken: Residuals of a step's first evaluation, all calls in one row, by boundary and step.
-    """
-
-    def __init__(self, blocks: Sequence[Block], boundaries: Sequence[int]) -> None:
-        self.blocks, self.boundaries = blocks, boundaries
-        self.taken: dict[int, dict[int, Tensor]] = {boundary: {} for boundary in boundaries}
+    def __init__(self, blocks: Sequence[Block], boundaries: Sequence[int], cfg: float) -> None:
+        self.blocks, self.boundaries, self.cfg = blocks, boundaries, cfg
         self.step = 0
+        self._kinds: Sequence[int] = ()  # of the chunks of a call: 0 conditional, 1 unconditional
+        self._taken: defaultdict[tuple[int, int], list[tuple[int, Tensor]]] = defaultdict(list)
         self._first: dict[int, int] = {}  # number of the first evaluation of each step
         self._input: Feature | None = None
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Watches one call of the model: a wrapper of the host's type APPLY_MODEL."""
         session = args[5][KEY]
-        self.step = session.step
+        self.step, self._kinds = session.step, args[5].get("cond_or_uncond") or (0,)
         if self._first.setdefault(self.step, session.evaluations) != session.evaluations:
             return executor(*args, **kwargs)
         with intercept(self.blocks, self, observe=self.boundaries):
@@ -155,14 +147,30 @@ class _Recorder:
         self._input = None if feature is None else cloned(feature)
 
     def at_output(self, index: int, passage: Passage) -> None:
-        """Takes a sample of the residual."""
+        """Takes a sample of the residual of every conditioning."""
         layout = self.blocks[index].to_boundary_layout
         if self._input is None or passage.returned is None or layout is None:
             return
-        parts = []
+        chunks: list[list[Tensor]] = [[] for _ in self._kinds]
         for output, base in zip(passage.returned, layout(self._input), strict=True):
             if output is not None and base is not None and output.shape == base.shape:
-                parts.append((sample(output, _SAMPLES).float() - sample(base, _SAMPLES).float()).cpu())
-        if parts:
-            taken = self.taken[index]
-            taken[self.step] = torch.cat([*([taken[self.step]] if self.step in taken else []), *parts])
+                for chunk, after, before in zip(chunks, output.chunk(len(chunks)), base.chunk(len(chunks)), strict=False):
+                    chunk.append((sample(after, _SAMPLES).float() - sample(before, _SAMPLES).float()).cpu())
+        for kind, chunk in zip(self._kinds, chunks, strict=True):
+            if chunk:
+                self._taken[index, self.step].append((kind, torch.cat(chunk)))
+
+    def residual(self, boundary: int, step: int) -> tuple[Any, Tensor] | None:
+        """The residual at a step, behind a mark that others like it bear.
+
+        Of one conditional and one unconditional residual of the same size it is what guidance makes of them, as an error
+        counts there; of others it is one behind the other.
+        """
+        taken = sorted(self._taken[boundary, step], key=lambda pair: pair[0])
+        if not taken:
+            return None
+        mark = tuple((kind, len(one)) for kind, one in taken)
+        (kind, first), *others = taken
+        if kind == 0 and [(other, len(one)) for other, one in others] == [(1, len(first))]:
+            return mark, torch.lerp(others[0][1].double(), first.double(), self.cfg)
+        return mark, torch.cat([one for _, one in taken]).double()

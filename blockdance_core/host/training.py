@@ -113,8 +113,8 @@ class Pictures:
         self.of = [(k, row) for k, prompt in enumerate(prompts) for row in range(prompt.latent.shape[0])]
         self.rollouts = self.calls = 0
         self._full: collections.OrderedDict[int, Rollouts] = collections.OrderedDict()
-        orders = [row.forecast.order for segment in policy.segments for plan in segment.options for row in plan if row]
-        self.history = max(orders, default=0) + 1  # steps before the decision that a reuse may look back on
+        features = [row.forecast.features for segment in policy.segments for plan in segment.options for row in plan if row]
+        self.history = max(features, default=1)  # steps before the decision that a reuse may look back on
 
     def readings(self, network: DecisionNetwork, done: Callable[[], None]) -> list[Reading]:
         """What the network reads of every picture."""

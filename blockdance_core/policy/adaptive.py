@@ -171,10 +171,10 @@ class AdaptivePolicy:
         rows = list(self._rows())
         if not rows:
             return Schedule((Step(),) * count, warnings=warnings)
-        widest = max((row.forecast for row in rows), key=lambda forecast: forecast.order)
+        widest = max((row.forecast for row in rows), key=lambda forecast: forecast.features)
         boundaries = tuple(sorted({row.boundary for row in rows}))
         return Schedule(tuple(
-            Step(record=boundaries if step - widest.order - 1 <= k < step else (), forecast=widest if k >= step else None)
+            Step(record=boundaries if step - widest.features <= k < step else (), forecast=widest if k >= step else None)
             for k in range(count)
         ), warnings=warnings, looks_at=step)
 

@@ -4,7 +4,8 @@ Metadata, all strings: `schema_version`, `kind`, `family`, `depth`, `name` (opti
 
 Kind `schedule` adds JSON lists with one value for each entry: `sampler`, `scheduler`, `steps`. The tensors of entry i:
 `{i}.boundary` int16 [plans, steps] (-1: computed), `{i}.order` and `{i}.anchored` uint8 and `{i}.damping` float32 of the same
-shape, `{i}.levels` float32 [steps + 1], `{i}.cut` and `{i}.loss` float32 [plans].
+shape, `{i}.levels` float32 [steps + 1], `{i}.cut` and `{i}.loss` float32 [plans]; and where weights were fitted, `{i}.age` int16 and
+`{i}.weight` float32 [plans, steps, 3] (age 0: none).
 
 Kind `network` has all that, and in its metadata `trained` (the entry that the network was trained for), `segments` (JSON list
 of their first steps), `level_cuts` (JSON list) and `network` (JSON object, the fields of `NetworkShape`). The options of
@@ -28,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from blockdance_core.config import ConfigError
-from blockdance_core.forecast import Forecast
+from blockdance_core.forecast import MOST_FEATURES, Forecast
 from blockdance_core.policy.adaptive import AdaptivePolicy, Segment
 from blockdance_core.policy.calibrated import Calibrated, SchedulePolicy
 from blockdance_core.policy.network import DecisionNetwork, NetworkShape
@@ -86,6 +87,17 @@ class _Content(NamedTuple):
             raise ConfigError(f"{key} is {found.dtype} {list(found.shape)}, expected {expected} {list(shape)}")
         return found
 
+    def fitted(self, prefix: str, shape: tuple[int, int]) -> list[list[tuple[tuple[int, float], ...]]]:
+        """Weights of every row with the ages of their features; none where the file has none."""
+        if f"{prefix}.age" not in self.tensors:
+            return [[()] * shape[1]] * shape[0]
+        ages = self.tensor(f"{prefix}.age", torch.int16, (*shape, MOST_FEATURES))
+        weights = self.tensor(f"{prefix}.weight", torch.float32, (*shape, MOST_FEATURES))
+        return [
+            [tuple(pair for pair in zip(*row, strict=True) if pair[0]) for row in zip(*plan, strict=True)]
+            for plan in zip(ages, weights, strict=True)
+        ]
+
     def plans(self, prefix: str, steps: int) -> tuple[Plan, ...]:
         """The rows of `{prefix}.boundary` and so on."""
         boundary = self.tensors.get(f"{prefix}.boundary")
@@ -93,6 +105,7 @@ class _Content(NamedTuple):
         columns = (
             self.tensor(f"{prefix}.boundary", torch.int16, shape), self.tensor(f"{prefix}.anchored", torch.uint8, shape),
             self.tensor(f"{prefix}.order", torch.uint8, shape), self.tensor(f"{prefix}.damping", torch.float32, shape),
+            self.fitted(prefix, shape),
         )
         return tuple(tuple(_row(*row) for row in zip(*plan, strict=True)) for plan in zip(*columns, strict=True))
 
@@ -170,14 +183,20 @@ def _read(path: Path) -> _Content:
 
 
 def _rows(plans: Sequence[Plan]) -> dict[str, Tensor]:
-    def column(dtype: torch.dtype, computed: float, field: Any) -> Tensor:
+    def column(dtype: torch.dtype, computed: Any, field: Any) -> Tensor:
         return torch.tensor([[computed if row is None else field(row) for row in plan] for plan in plans], dtype=dtype)
 
+    def padded(row: Reuse) -> list[tuple[int, float]]:
+        return [*row.forecast.fitted, *[(0, 0.0)] * (MOST_FEATURES - len(row.forecast.fitted))]
+
+    none = [0] * MOST_FEATURES
     return {
         "boundary": column(torch.int16, -1, lambda row: row.boundary),
         "order": column(torch.uint8, 0, lambda row: row.forecast.order),
         "damping": column(torch.float32, 1.0, lambda row: row.forecast.damping),
         "anchored": column(torch.uint8, 0, lambda row: row.forecast.anchored),
+        "age": column(torch.int16, none, lambda row: [age for age, _ in padded(row)]),
+        "weight": column(torch.float32, none, lambda row: [weight for _, weight in padded(row)]),
     }
 
 
@@ -247,12 +266,14 @@ def _adaptive_policy(content: _Content) -> AdaptivePolicy:
         base.record)
 
 
-def _row(boundary: int, anchored: int, order: int, damping: float) -> Reuse | None:
+def _row(
+    boundary: int, anchored: int, order: int, damping: float, fitted: tuple[tuple[int, float], ...]
+) -> Reuse | None:
     if boundary == -1:
         return None
     if anchored not in (0, 1):
         raise ConfigError(f"anchored is {anchored}, expected 0 or 1")
-    return Reuse(boundary, Forecast(bool(anchored), order, round(damping, _DIGITS)))
+    return Reuse(boundary, Forecast(bool(anchored), order, round(damping, _DIGITS), fitted))
 
 
 def _shares(values: list[float]) -> tuple[float, ...]:

@@ -16,6 +16,7 @@ from blockdance_core.calibration import (
     CANDIDATES,
     Found,
     Profile,
+    best_forecast,
     chosen,
     front,
     load_profile,
@@ -41,9 +42,14 @@ def profile(steps: int = STEPS, seed: int = 0, prompts: int = 3) -> Profile:
         errors[:, :, c, i, max(1, steps - 1 - c):] = np.nan  # the last step is computed
         if lags[i] > max(c, 1):
             errors[:, :, c, i] = np.nan
-    picks = rng.integers(len(CANDIDATES), size=(len(BOUNDARIES), steps, len(lags), LONGEST))
-    forecasts = [[[[None, *(CANDIDATES[k] for k in row[1:])] for row in lag] for lag in step] for step in picks]
-    return Profile(BOUNDARIES, (6 / UNIT, 3 / UNIT), lags, forecasts, errors, rng.uniform(0.5, 2, (prompts, steps + 1)))
+    residuals = rng.normal(size=(len(BOUNDARIES), steps, 20))
+    return Profile(
+        BOUNDARIES, (6 / UNIT, 3 / UNIT), lags, sigmas_of(steps), residuals @ residuals.swapaxes(1, 2), errors,
+        rng.uniform(0.5, 2, (prompts, steps + 1)))
+
+
+def sigmas_of(steps: int) -> tuple[float, ...]:
+    return tuple(1 - k / steps for k in range(steps + 1))
 
 
 def every_way(steps: int, lead: int) -> list[list[tuple[int, int, int]]]:
@@ -117,13 +123,15 @@ def test_plans_are_followed_as_they_are_and_have_one_boundary_a_group() -> None:
             assert len({row.boundary for row in one.plan[start + 1:start + size]}) <= 1
 
 
-def test_plan_of_takes_the_forecasts_measured_at_the_nearest_lag() -> None:
+def test_plan_of_takes_the_best_forecasts_for_exactly_its_computed_steps() -> None:
     one = profile()
     plan = plan_of(one, [(0, 1, 0), (1, 3, 1), (4, 2, 0), (6, 1, 0)])
     assert [row and row.boundary for row in plan] == [None, None, 7, 7, None, 5, None]
     assert [row and row.forecast for row in plan] == [
-        None, None, *one.forecasts[1][1][0][1:3], None, one.forecasts[0][4][2][1], None,
+        None, None, *(best_forecast(one.grams[1], one.sigmas, [1, 0], step) for step in (2, 3)), None,
+        best_forecast(one.grams[0], one.sigmas, [4, 1, 0], 5), None,
     ]
+    assert [[age for age, _ in row.forecast.fitted] for row in plan if row] == [[1, 2], [2, 3], [1, 4, 5]]
 
 
 def test_neighbours_move_one_computed_step_and_keep_lead_and_end() -> None:
@@ -142,10 +150,48 @@ def test_neighbours_move_one_computed_step_and_keep_lead_and_end() -> None:
                 assert plan[-1] is None
 
 
-def test_chosen_is_the_least_error_and_none_where_nothing_is_known() -> None:
-    errors = np.full((1, 2, 1, 2, len(CANDIDATES)), np.nan)
-    errors[0, 1, 0, 1] = np.arange(len(CANDIDATES))[::-1]
-    assert chosen(errors) == [[[[None, None]], [[None, CANDIDATES[-1]]]]]
+def gram_of(residuals: np.ndarray) -> np.ndarray:
+    return residuals @ residuals.T
+
+
+def test_best_forecast_finds_the_expansion_that_made_a_step_and_fits_its_weights() -> None:
+    residuals = np.random.default_rng(0).normal(size=(5, 40))
+    sigmas = sigmas_of(5)
+    for expansion in CANDIDATES:
+        weights = expansion.weights([sigmas[3], sigmas[1], sigmas[0]], sigmas[4])
+        residuals[4] = sum(weight * residuals[k] for weight, k in zip(weights, (3, 1, 0), strict=False))
+        found = best_forecast(gram_of(residuals), sigmas, [3, 1, 0], 4)
+        assert found is not None
+        assert dataclasses.replace(found, fitted=()) == expansion
+        assert [age for age, _ in found.fitted] == [1, 3, 4]
+        assert [weight for _, weight in found.fitted] == pytest.approx([*weights, *[0] * (3 - len(weights))], abs=1e-6)
+
+
+def test_fitted_weights_are_those_of_least_squares() -> None:
+    residuals = np.random.default_rng(1).normal(size=(6, 300)).cumsum(0)
+    found = best_forecast(gram_of(residuals), sigmas_of(6), [4, 3, 1, 0], 5)
+    expected, *_ = np.linalg.lstsq(residuals[[4, 3, 1]].T, residuals[5])
+    assert found is not None
+    assert [weight for _, weight in found.fitted] == pytest.approx(expected, abs=1e-4)
+
+
+def test_best_forecast_weighs_only_what_can_be_compared() -> None:
+    gram = gram_of(np.random.default_rng(2).normal(size=(5, 40)))
+    gram[1] = gram[:, 1] = np.nan
+    found = best_forecast(gram, sigmas_of(5), [3, 1, 0], 4)
+    assert found is not None
+    assert [age for age, _ in found.fitted] == [1]
+    assert best_forecast(gram, sigmas_of(5), [1, 0], 4) is None
+    nothing = best_forecast(np.zeros((5, 5)), sigmas_of(5), [3, 1], 4)
+    assert nothing == dataclasses.replace(CANDIDATES[0], fitted=((1, 1.0), (3, 0.0))), "of equally good ones the first"
+
+
+def test_chosen_has_a_forecast_for_each_step_behind_a_group_and_none_behind_the_run() -> None:
+    one = profile(steps=4)
+    table = chosen(one.grams, one.sigmas, (1, 2), 3)
+    assert table[1][2][1][1] == best_forecast(one.grams[1], one.sigmas, [2, 0], 3)
+    assert [[step[0][j] is not None for j in range(3)] for step in table[0]] == [
+        [False, True, True], [False, True, True], [False, True, False], [False, False, False]]
 
 
 def test_merged_holds_all_prompts_and_refuses_other_settings() -> None:
@@ -153,6 +199,7 @@ def test_merged_holds_all_prompts_and_refuses_other_settings() -> None:
     both = merged([one, other])
     assert both.errors.shape[0] == both.gains.shape[0] == 6
     assert both.costs == ((6 / UNIT + 0.5) / 2, (3 / UNIT + 0.25) / 2)
+    assert np.array_equal(both.grams, 2 * one.grams)
     with pytest.raises(ValueError, match="different settings"):
         merged([one, dataclasses.replace(one, boundaries=(1, 7))])
 

@@ -38,6 +38,15 @@ def test_damping_scales_the_extrapolated_part() -> None:
     assert Forecast(True, 1, 0.0).weights([0.6, 0.8], 0.4) == pytest.approx((1.0, 0.0))
 
 
+def test_fitted_weights_hold_where_exactly_those_features_are_stored() -> None:
+    forecast = Forecast(True, 1, 0.5, ((2, 1.8), (3, -0.7), (6, 0.1)))
+    assert forecast.features == 3
+    assert forecast.weights([0.6, 0.8, 0.9], 0.4, [2, 3, 6]) == (1.8, -0.7, 0.1)
+    assert forecast.weights([0.6, 0.8, 0.9, 1.0], 0.4, [2, 3, 6, 7]) == (1.8, -0.7, 0.1)
+    for ages in ([2, 3, 5], [2, 3], [1, 2, 5], []):
+        assert forecast.weights([0.6, 0.8, 0.9], 0.4, ages) == pytest.approx((1.5, -0.5)), "the expansion"
+
+
 def test_weights_far_beyond_two_close_sigmas_take_the_newest_alone() -> None:
     assert Forecast(anchored=True, order=1).weights([0.5, 0.5001], 0.4) == (1.0,)
 

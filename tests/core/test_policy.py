@@ -20,7 +20,7 @@ from blockdance_core.forecast import FORECASTS, Forecast
 from blockdance_core.policy import Calibrated, Fixed, PolicyError, SchedulePolicy, file, load, save
 from blockdance_core.schedule import Reuse, Schedule, follow
 
-SLOW, FAST = Reuse(13, FORECASTS["delta"]), Reuse(20, Forecast(True, 2, 0.9))
+SLOW, FAST = Reuse(13, FORECASTS["delta"]), Reuse(20, Forecast(True, 2, 0.9, ((1, 1.25), (4, -0.5))))
 PLANS = {20: ("....Cr..Cr..CrCrCr..", "....CrrrCrrrCrrCrrr."), 30: ("......CrrCrrCrrCrrCrrCrrCrr...",)}
 
 
@@ -145,7 +145,7 @@ def test_fitted_plan_keeps_its_share_and_its_ends(steps: int, first: float, powe
     assert text[-1] == "."
     assert first == 0.0 or text[1] != "r"
     assert {step.boundary for step in plan.steps} <= {None, 20}
-    assert {step.forecast for step in plan.steps} <= {None, FAST.forecast}
+    assert {step.forecast for step in plan.steps} <= {None, dataclasses.replace(FAST.forecast, fitted=())}, "fitted to other steps"
     low, high = round(source.position(levels[0])), source.steps
     share = sum(row is None for row in source.plans[1][low:high]) / (high - low)
     slack = 2 + steps * (0.15 if first else 0)
@@ -356,6 +356,14 @@ def test_name_is_that_of_the_file_where_it_has_none(tmp_path: Path) -> None:
     assert load(tmp_path / "my policy.safetensors").name == "my policy"
 
 
+def test_file_without_fitted_weights_has_the_expansions_alone(tmp_path: Path) -> None:
+    tensors, metadata = content()
+    safetensors.torch.save_file(
+        {key: value for key, value in tensors.items() if key not in ("0.age", "0.weight")}, tmp_path / "a.safetensors", metadata)
+    (found,) = load(tmp_path / "a.safetensors").entries
+    assert found.plans == (entry().plans[0], plan_of(PLANS[20][1], Reuse(20, Forecast(True, 2, 0.9))))
+
+
 def refused(path: Path) -> str:
     with pytest.raises(PolicyError) as error:
         load(path)
@@ -420,6 +428,12 @@ def changed(index: Any, value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     ("anchored", changed((0, 5), 2), "anchored is 2"),
     ("damping", changed((0, 5), float("nan")), "damping nan"),
     ("damping", changed((0, 5), -0.5), "damping -0.5"),
+    ("age", changed((1, 5, 0), -1), "ages [-1, 4]"),
+    ("age", changed((1, 5, 1), 1), "ages [1, 1]"),
+    ("age", lambda tensor: tensor[:, :, :2], "0.age"),
+    ("weight", lambda tensor: None, "no tensor 0.weight"),
+    ("weight", changed((1, 5, 1), float("nan")), "fitted weights [1.25, nan]"),
+    ("weight", changed((1, 5, 1), 101), "fitted weights [1.25, 101.0]"),
     ("levels", lambda tensor: tensor[1:].clone(), "0.levels"),
     ("levels", lambda tensor: tensor.flip(0), "ascend"),
     ("levels", changed(3, float("inf")), "levels"),

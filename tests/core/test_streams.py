@@ -35,7 +35,7 @@ def get(
     condition: str | None = None,
 ) -> Tensor | str:
     now = None if current is None else (torch.full((len(keys) or 1, *SHAPE[1:]), current),)
-    found = of.predict(keys or ("a",), 2, group, condition, sigma, FORECASTS["taylor"], now)
+    found = of.predict(keys or ("a",), 2, group, condition, 9, sigma, FORECASTS["taylor"], now)
     if isinstance(found, str):
         return found
     assert found[0] is not None
@@ -115,7 +115,7 @@ def test_slices_of_a_batch_keep_their_own_bytes_only() -> None:
     into = cache()
     for key, row in (("a", 0), ("b", 1)):
         put(into, batch.narrow(0, row, 1), key=key)
-    both = into.predict(("b", "a"), 2, 0, None, 0.5, FORECASTS["hold"], None)
+    both = into.predict(("b", "a"), 2, 0, None, 9, 0.5, FORECASTS["hold"], None)
     assert not isinstance(both, str)
     assert both[0] is not None
     assert torch.equal(both[0], batch.flip(0))
@@ -127,7 +127,7 @@ def test_slices_of_a_batch_keep_their_own_bytes_only() -> None:
 def test_components_that_are_none_stay_none() -> None:
     into = cache("delta")
     into.store("a", 2, Entry(0, 0, None, 1.0, False, ()), (None, torch.ones(SHAPE)), (torch.ones(SHAPE), torch.ones(SHAPE)))
-    found = into.predict(("a",), 2, 0, None, 0.5, FORECASTS["delta"], (torch.ones(SHAPE), 3 * torch.ones(SHAPE)))
+    found = into.predict(("a",), 2, 0, None, 9, 0.5, FORECASTS["delta"], (torch.ones(SHAPE), 3 * torch.ones(SHAPE)))
     assert not isinstance(found, str)
     assert found[0] is None
     assert found[1] is not None
@@ -236,7 +236,7 @@ def test_forecast_in_half_precision_saturates_where_float16_ends() -> None:
         feature = (torch.full(shape, output, dtype=torch.float16),)
         base = (torch.full(shape, -60000.0, dtype=torch.float16),)
         assert into.store("a", 2, Entry(step, 0, None, sigma, False, ()), feature, base) is None
-    found = into.predict(("a",), 2, 0, None, 0.2, FORECASTS["taylor"], (torch.full(shape, 65000.0, dtype=torch.float16),))
+    found = into.predict(("a",), 2, 0, None, 9, 0.2, FORECASTS["taylor"], (torch.full(shape, 65000.0, dtype=torch.float16),))
     assert not isinstance(found, str)
     assert found[0] is not None
     assert found[0].dtype == torch.float16

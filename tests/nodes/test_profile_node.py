@@ -175,6 +175,9 @@ def test_profile_measures_every_step_lag_and_boundary_and_says_so(node: Any) -> 
         measured.model = None
 
 
+GRAM = np.zeros((1, 0, 0))  # measuring errors needs none
+
+
 def all_alike(forecast: Forecast, lags: int, steps: int = STEPS) -> Any:
     """Forecasts for `measure`: the same for every step of every group."""
     return [[[[None] + [forecast] * (profiling.LONGEST - 1)] * lags] * steps]
@@ -195,25 +198,26 @@ def test_groups_are_measured_with_the_features_of_the_steps_that_the_lag_says(
         computed[:] = [k for k, row in enumerate(plan) if k not in replayed and not row]
         return run(self, plan, replayed, **rest)
 
-    def spied_weights(self: Forecast, stored_at: Any, sigma: float) -> Any:
+    def spied_weights(self: Forecast, stored_at: Any, sigma: float, ages: Any) -> Any:
         nonlocal used
         used += 1
         step = min(range(10), key=lambda k: abs(sigmas[k] - sigma))
         before = sorted((k for k in computed if k < step), reverse=True)
         assert before == [k for k in (before[0], before[0] - lag, before[0] - 2 * lag) if k >= 0]
         assert list(stored_at[: order + 1]) == [sigmas[k] for k in before[: order + 1]]
-        return weights(self, stored_at, sigma)
+        assert list(ages) == [step - k for k in before[: len(stored_at)]]
+        return weights(self, stored_at, sigma, ages)
 
     monkeypatch.setattr(Rollouts, "run", spied_run)
     monkeypatch.setattr(Forecast, "weights", spied_weights)
-    profiling.measure(rollouts, [7], all_alike(Forecast(True, order), 1, 10), [lag])
+    profiling.measure(rollouts, [7], all_alike(Forecast(True, order), 1, 10), GRAM, [lag])
     assert used > 20
 
 
 def test_history_makes_a_difference_at_every_lag_and_none_where_there_is_none() -> None:
     lags = (1, 3)
     held, led = (
-        profiling.measure(Rollouts(model_of(CASE), prompt()), [7], all_alike(Forecast(True, order), len(lags)), lags).errors
+        profiling.measure(Rollouts(model_of(CASE), prompt()), [7], all_alike(Forecast(True, order), len(lags)), GRAM, lags).errors
         for order in (0, 1)
     )
     for _, c, i in profiling.groups(STEPS, 1, lags):
@@ -231,10 +235,21 @@ def test_samplers_that_evaluate_a_step_several_times_are_profiled(sampler: str, 
     assert np.isfinite(profile.gains).all()
 
 
-def test_fit_compares_first_evaluations() -> None:
-    euler, heun = (profiling.fit(Rollouts(model_of(CASE), prompt(sampler, steps=4)), [7]) for sampler in ("euler", "heun"))
-    assert np.array_equal(np.isnan(euler), np.isnan(heun))
-    assert heun[0, 0, 0, 1, 0] == pytest.approx(euler[0, 0, 0, 1, 0], rel=0.5)
+def test_gram_holds_first_evaluations() -> None:
+    euler, heun = (profiling.gram(Rollouts(model_of(CASE), prompt(sampler, steps=4)), [7]) for sampler in ("euler", "heun"))
+    assert np.isfinite(heun).all()
+    assert heun[0, 0, 0] == pytest.approx(euler[0, 0, 0])
+    assert heun[0, 1, 2] == pytest.approx(euler[0, 1, 2], rel=0.5)
+
+
+def test_gram_weighs_conditionings_as_guidance_does() -> None:
+    model = model_of(CASE)
+    negative = CASE.conds(model)[1]
+    same = {cfg: profiling.gram(Rollouts(model, prompt(cfg=cfg, positive=negative, negative=negative)), [7]) for cfg in (1.0, 4.5)}
+    assert same[4.5] == pytest.approx(same[1.0], rel=1e-3), "what both have in common is not amplified"
+    other = profiling.gram(Rollouts(model, prompt(cfg=4.5)), [7])
+    assert other == pytest.approx(np.swapaxes(other, 1, 2))
+    assert (other[0].diagonal() > 0).all()
 
 
 def test_conditionings_that_come_and_go_are_profiled_and_never_compared(node: Any) -> None:
@@ -243,11 +258,12 @@ def test_conditionings_that_come_and_go_are_profiled_and_never_compared(node: An
         {"start_percent": 0.0, "end_percent": 0.5}, {"start_percent": 0.3, "end_percent": 1.0}))
     changes = {"positive": [*early, *late], "negative": negative, "steps": 6}
     assert np.isfinite(node.execute(**inputs(**changes)).result[0].profile.gains).all()
-    errors = profiling.fit(Rollouts(model_of(CASE), prompt(steps=6, positive=changes["positive"])), [7])[0, :, 0, 1, 0]
-    assert 0 < np.isnan(errors[:5]).sum() < 5
+    gram = profiling.gram(Rollouts(model_of(CASE), prompt(steps=6, positive=changes["positive"])), [7])[0]
+    assert 0 < np.isnan(gram).sum() < gram.size
+    assert np.isfinite(gram.diagonal()).all()
 
 
-def test_chained_nodes_make_one_profile_with_the_forecasts_of_the_first(node: Any) -> None:
+def test_chained_nodes_make_one_profile(node: Any) -> None:
     first = node.execute(**inputs()).result[0]
     errors = first.profile.errors.copy()
     second = node.execute(**inputs(seed=2, latent_image={"samples": CASE.latent(1)}, profile=first)).result[0]
@@ -255,9 +271,9 @@ def test_chained_nodes_make_one_profile_with_the_forecasts_of_the_first(node: An
     assert np.array_equal(first.profile.errors, errors, equal_nan=True)
     assert [one.seed for one in second.prompts] == [1, 2]
     assert second.profile.errors.shape[0] == second.profile.gains.shape[0] == 3
-    assert second.profile.forecasts == first.profile.forecasts
+    assert (second.profile.grams[0].diagonal() > first.profile.grams[0].diagonal()).all()
     assert np.array_equal(second.profile.errors[:2], errors, equal_nan=True)
-    assert second.rollouts == 2 * first.rollouts - 1  # forecasts are chosen once
+    assert second.rollouts == 2 * first.rollouts
 
 
 @pytest.mark.parametrize(("changes", "said"), [
