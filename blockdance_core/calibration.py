@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from blockdance_core.forecast import MOST_FEATURES, Forecast
+from blockdance_core.forecast import LARGEST_WEIGHT, MOST_FEATURES, Forecast
 from blockdance_core.schedule import Plan, Reuse
 
 CANDIDATES = (
@@ -103,6 +103,8 @@ def best_forecast(gram: np.ndarray, sigmas: Sequence[float], nodes: Sequence[int
     start = weights_of(best)
     ridge = _RIDGE * np.trace(inner) / len(known) + np.finfo(float).tiny
     fitted = start + np.linalg.solve(inner + ridge * np.eye(len(known)), outer - inner @ start)
+    if not (np.abs(fitted) <= LARGEST_WEIGHT).all():
+        return best
     pairs = tuple((step - node, float(np.float32(weight))) for node, weight in zip(known, fitted, strict=True))
     return dataclasses.replace(best, fitted=pairs)
 
@@ -142,9 +144,15 @@ def save_profile(profile: Profile, path: str | os.PathLike[str], settings: Mappi
 
 
 def load_profile(path: str | os.PathLike[str]) -> tuple[Profile, dict[str, Any]]:
-    """A profile and its settings, as `save_profile` wrote them; nothing in the file is executed."""
+    """A profile and its settings, as `save_profile` wrote them; nothing in the file is executed.
+
+    Raises:
+        ValueError: The file was written by another version.
+    """
     with np.load(path, allow_pickle=False) as file:
         found = {name: file[name] for name in file.files}
+    if found.keys() != {"settings", *(field.name for field in dataclasses.fields(Profile))}:
+        raise ValueError(f"{path} holds {', '.join(sorted(found))}: it is of another version. Profile again.")
     settings: dict[str, Any] = json.loads(str(found.pop("settings")))
     rows = {name: tuple(found.pop(name).tolist()) for name in ("boundaries", "costs", "lags", "sigmas")}
     return Profile(**rows, **found), settings

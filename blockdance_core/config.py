@@ -190,9 +190,9 @@ def resolve(config: Config, defaults: Defaults, depth: int) -> Effective:
         depth: L, the number of blocks of the model.
 
     Raises:
-        ConfigError: The boundary is outside the depth of the model.
+        ConfigError: The boundary is in force, and outside the depth of the model.
     """
-    if config.boundary >= depth:
+    if config.boundary >= depth and config.active and config.preset == "custom" and config.policy is None:
         raise ConfigError(
             f"boundary = {config.boundary} is outside this model: it has {depth} blocks, so the range is 0 to "
             f"{depth - 1}, or -1 for the recommended {defaults.boundary(depth)}."
@@ -214,7 +214,7 @@ def resolve(config: Config, defaults: Defaults, depth: int) -> Effective:
         start_percent=start,
         end_percent=end,
         window=window,
-        boundary=defaults.boundary(depth) if boundary == RECOMMENDED else boundary,
+        boundary=boundary if 0 <= boundary < depth else defaults.boundary(depth),
         depth=depth,
         forecast=forecast,
         cache_device=config.cache_device,

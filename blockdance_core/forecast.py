@@ -18,6 +18,8 @@ _MAX_REACH = 8.0
 
 MOST_FEATURES = 3
 """Stored features, at most, that a forecast weighs."""
+LARGEST_WEIGHT = 100.0
+"""Fitted weights beyond it are not taken: they would amplify every rounding of the stored features."""
 
 
 @dataclasses.dataclass(frozen=True)

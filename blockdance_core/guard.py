@@ -49,11 +49,11 @@ class _Stream:
     whole: float = 0.0
 
     def add(self, step: int, sigma: float, sample: Tensor) -> None:
-        """The stream was computed; of several evaluations of a step the last one stays, as in the cache."""
-        older = slice(1 if self.steps and self.steps[0] == step else 0, _KEPT)
-        if self.samples and self.samples[0].shape != sample.shape:
-            older = slice(0, 0)
-        self.steps, self.sigmas, self.samples = self.steps[older], self.sigmas[older], self.samples[older]
+        """The stream was computed; only earlier steps tell of it, and some samplers look ahead and come back."""
+        alike = bool(self.samples) and self.samples[0].shape == sample.shape
+        older = [k for k, node in enumerate(self.steps) if node < step and alike]
+        self.steps, self.sigmas = [self.steps[k] for k in older], [self.sigmas[k] for k in older]
+        self.samples = [self.samples[k] for k in older]
         self.reaches, errors = {}, [sample.square().sum()]
         for order in range(min(len(self.steps), _KEPT)):
             weights = Forecast(True, order).weights(self.sigmas, sigma)

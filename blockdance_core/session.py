@@ -158,11 +158,15 @@ class ModelState:
         self.schedule = Schedule((Step(),) * len(self.schedule.steps))
 
     def replan(self, schedule: Schedule, step: int) -> None:
-        """Follow another plan from a step on, one that needs no more than what the plan before stored."""
+        """Follow another plan from a step on. What was stored goes on, unless the plan is for features of another kind."""
         groups = [row.group for row in schedule.steps]
-        self.schedule = schedule
+        before, cache = self.schedule, self.cache
+        self.schedule, self.tapped = schedule, self.taps(*schedule.boundaries)
+        if schedule.boundaries and (schedule.anchored != cache.anchored or schedule.needed > before.needed):
+            self.cache = FeatureCache(schedule.anchored, schedule.needed if cache.keep >= before.needed else cache.keep)
+            self.cache.device, self.cache.limit = cache.device, cache.limit
         self.cache.regroup(groups)
-        self.cache.retain(self.taps(*schedule.boundaries))
+        self.cache.retain(self.tapped)
         if groups[step - 1] is not None:  # that group has begun
             self.group, self.group_starts = groups[step - 1], [0, step - 1]
 

@@ -40,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--checks", type=int, default=8, help="further captions to prove schedules on (default %(default)s)")
     top.add_argument("--boundaries", default="", metavar="LIST",
                      help="block indices, or shares such as 0.75, with commas between (default: the last block)")
+    top.add_argument("--cut", type=float, default=0.0, help="share of the time to save; 0: a range of levels")
+    top.add_argument("--fidelity", type=float, default=0.0, metavar="DB",
+                     help="only the cheapest schedule that is as close to the full run as this; 0: all")
     top.add_argument("--effort", type=int, default=0, metavar="N", help="N further runs for every high level, to improve it")
     top.add_argument("--seed", type=int, default=0, help="of captions and noise")
     top.add_argument("--out", type=Path, metavar="PATH", help="the policy file (default: demo/policies/<model>.safetensors)")
@@ -69,17 +72,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def calibrate(demo: Any, options: argparse.Namespace, steps: int, out: Path, command: str) -> None:
     """One number of steps, from the profile to the file; nothing if the file holds it already."""
-    from blockdance_core.calibration import save_profile
-    from blockdance_core.host.calibrate import calibrated, depth_of, entry, profiled, table
+    from blockdance_core.calibration import merged, save_profile
+    from blockdance_core.host.calibrate import CUTS, calibrated, depth_of, entry, profiled, reaching, table
     from blockdance_core.host.measured import keep, kept, parse_boundaries
     from blockdance_core.host.rollout import Rollouts
+    from blockdance_core.host.versions import versions
 
     settings = {
         "model": options.model, "split": "train", "seed": options.seed, "noise_seeds": _SEEDS, "sampler": options.sampler,
         "scheduler": options.scheduler, "steps": steps, "cfg": options.cfg, "prompts": options.prompts, "batch": BATCH,
         "boundaries": list(parse_boundaries(options.boundaries, depth_of(demo.model)) or (depth_of(demo.model) - 1,)),
     }
-    how = {"checks": options.checks, "effort": options.effort}
+    how = {"checks": options.checks, "effort": options.effort, "cut": options.cut, "fidelity_db": options.fidelity}
     title = f"{options.model}, {steps} steps of {options.sampler} {options.scheduler}"
     policy = kept(out, demo.model)
     records = policy.record.get("calibrations", {}).values() if policy else ()
@@ -87,27 +91,31 @@ def calibrate(demo: Any, options: argparse.Namespace, steps: int, out: Path, com
         print(f"{title}: already in {out}")
         return
     beside = out.with_name(f"{out.name}.{options.sampler}-{steps}.npz")
-    begun = time.perf_counter()
-    found = _resumed(beside, settings)
-    if found is None:
-        with _bar(f"{title}: profile") as progress:
-            prompts = _prompts(demo, options, steps, "profile")
-            profile, rollouts = profiled(demo.model, prompts, settings["boundaries"], progress)
-        cost = _cost(rollouts, begun)
-        save_profile(profile, beside, settings | {"cost": cost})
-        found = profile, cost
-    profile, cost = found
+    profile, done, cost = _resumed(beside, settings)
+    batches = _prompts(demo, options, steps, "profile")
+    for number, prompt in enumerate(batches[done:], done + 1):
+        begun = time.perf_counter()
+        with _bar(f"{title}: profile {number} of {len(batches)}") as progress:
+            one, rollouts = profiled(
+                demo.model, [prompt], settings["boundaries"], progress, None if profile is None else profile.grams)
+        profile = one if profile is None else merged([profile, one])
+        cost = _sum(cost, _cost(rollouts, begun))
+        save_profile(profile, beside, settings | {"batches": number, "cost": cost})
     begun = time.perf_counter()
     checks = [Rollouts(demo.model, one) for one in _prompts(demo, options, steps, "checks")]
     with _bar(f"{title}: schedules") as progress:
-        levels = calibrated(profile, checks, tries=options.effort, progress=progress)
+        levels = calibrated(profile, checks, (options.cut,) if options.cut else CUTS, options.effort, progress)
     if not levels:
-        raise SystemExit(f"{title}: no schedule was found; take more steps")
-    cost = {name: round(value + cost[name], 2) for name, value in _cost(checks, begun).items()}
+        raise SystemExit(f"{title}: no schedule was found; take more steps, or another cut")
+    try:
+        levels = reaching(levels, options.fidelity) if options.fidelity else levels
+    except ValueError as error:
+        raise SystemExit(f"{title}: {error}") from error
+    cost = _sum(cost, _cost(checks, begun))
     rows = table(levels)
     record = {
         **settings, **how, "costs": [round(value, 4) for value in profile.costs], "levels": rows, "cost": cost,
-        "versions": _versions(), "threads": options.threads, "command": command,
+        "versions": versions(), "threads": options.threads, "command": command,
     }
     keep(out, demo.model, entry(demo.model, checks[0].prompt, levels), record)
     beside.unlink(missing_ok=True)
@@ -138,14 +146,22 @@ def _prompts(demo: Any, options: argparse.Namespace, steps: int, part: str) -> l
     ]
 
 
-def _resumed(path: Path, settings: dict[str, Any]) -> tuple[Any, dict[str, float]] | None:
-    """The profile that an earlier call left, and what it took."""
+def _resumed(path: Path, settings: dict[str, Any]) -> tuple[Any, int, dict[str, float]]:
+    """The profile that an earlier call left, of how many batches it is, and what it took; None, and nothing."""
     from blockdance_core.calibration import load_profile
 
+    nothing = None, 0, {}
     if not path.is_file():
-        return None
-    profile, kept = load_profile(path)
-    return (profile, kept["cost"]) if settings.items() <= kept.items() else None
+        return nothing
+    try:
+        profile, kept = load_profile(path)
+    except ValueError:  # of another version
+        return nothing
+    return (profile, kept["batches"], kept["cost"]) if settings.items() <= kept.items() else nothing
+
+
+def _sum(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    return {name: round(value + one.get(name, 0), 2) for name, value in other.items()}
 
 
 def _cost(rollouts: Sequence[Any], begun: float) -> dict[str, float]:
@@ -153,12 +169,6 @@ def _cost(rollouts: Sequence[Any], begun: float) -> dict[str, float]:
         "rollouts": sum(one.count for one in rollouts), "calls": sum(one.calls for one in rollouts),
         "seconds": round(time.perf_counter() - begun, 2),
     }
-
-
-def _versions() -> dict[str, str]:
-    project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    version = next(line.split('"')[1] for line in project.splitlines() if line.startswith("version"))
-    return {"torch": torch.__version__, "pack": version}
 
 
 @contextlib.contextmanager

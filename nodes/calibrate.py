@@ -46,10 +46,11 @@ class BlockDanceCalibrate(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, policy_name: str) -> bool | str:
-        """Says what a name may be."""
+    def validate_inputs(cls, policy_name: str | None) -> bool | str:
+        """Says what a name may be; of one that comes from another node nothing is known yet."""
         try:
-            new_policy_path(policy_name)
+            if policy_name is not None:
+                new_policy_path(policy_name)
         except (ValueError, OSError) as error:
             return str(error)
         return True

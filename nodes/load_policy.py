@@ -32,10 +32,11 @@ class BlockDanceLoadPolicy(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, policy_name: str) -> bool | str:
-        """Says where files belong if there is none of that name."""
+    def validate_inputs(cls, policy_name: str | None) -> bool | str:
+        """Says where files belong if there is none of that name; of one from another node nothing is known yet."""
         try:
-            policy_path(policy_name)
+            if policy_name is not None:
+                policy_path(policy_name)
         except FileNotFoundError as error:
             return str(error)
         return True

@@ -66,11 +66,13 @@ class BlockDanceTrainPolicy(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, policy_name: str, tradeoffs: str) -> bool | str:
-        """Says what a name and trade-offs may be."""
+    def validate_inputs(cls, policy_name: str | None, tradeoffs: str | None) -> bool | str:
+        """Says what a name and trade-offs may be; of what comes from another node nothing is known yet."""
         try:
-            new_policy_path(policy_name)
-            parse_tradeoffs(tradeoffs)
+            if policy_name is not None:
+                new_policy_path(policy_name)
+            if tradeoffs is not None:
+                parse_tradeoffs(tradeoffs)
         except (ValueError, OSError) as error:
             return str(error)
         return True

@@ -145,6 +145,10 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
     accepted = accepted_errors(model_sampling, sigmas) if handle.config.guarded else []
     together = bool(get_all_wrappers(WrappersMP.DIFFUSION_MODEL, guider.model_options, is_model_options=True))
     session = Session(handle.config, sigmas, levels, tell, sampler, accepted, text, together)
+    other = getattr(guider, "uncond_model_patcher", None)  # the host's DualModelGuider runs both within one run
+    second = None if other is None else handle_of(other)
+    if second is not None and second.config != handle.config:
+        session.warn("the settings of the negative model are not used: those of the other one hold for both")
     plan = planned(handle.config, handle.effective, levels, sampler)
     session.announced_bytes = _announced_bytes(handle, guider.model_patcher, shapes, plan)
     before = guider.model_options
@@ -234,9 +238,14 @@ def _named(session: Session, name: Hashable, function: Callable[..., Any]) -> Ca
 def _predict_noise(
     executor: WrapperExecutor, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
-    session = _session_in(model_options.get("transformer_options", {}))
+    options = model_options.get("transformer_options", {})
+    session = _session_in(options)
     if session is None or session.evaluating:
         return executor(x, timestep, model_options, *args, **kwargs)
+    if x.requires_grad and x.is_leaf:  # as the host's Train LoRA gives it: no sampling, whatever the sigmas say
+        session.warn("the model is being trained: everything is computed")
+        without = {**model_options, "transformer_options": {key: value for key, value in options.items() if key != KEY}}
+        return executor(x, timestep, without, *args, **kwargs)
     sigma = float(timestep.reshape(-1)[0])  # synchronises the GPU, once per evaluation
     conds = getattr(executor.class_obj, "conds", {})
     controls = identity.active_controls(conds, sigma)

@@ -15,6 +15,7 @@ from blockdance_core.calibration import Profile, merged
 from blockdance_core.config import ConfigError
 from blockdance_core.host.calibrate import CUTS, calibrated, entry, profiled, reaching, table
 from blockdance_core.host.rollout import Prompt, Rollouts, sigmas_of
+from blockdance_core.host.versions import versions
 from blockdance_core.policy import Calibrated, SchedulePolicy, load, save
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def calibrate(
             "seconds": round(measured.seconds + time.perf_counter() - begun, 2),
         },
     }
-    record = {**measured.report(), "cfg": measured.prompts[0].cfg, "fidelity_db": fidelity, **report}
+    record = {**measured.report(), "cfg": measured.prompts[0].cfg, "fidelity_db": fidelity, "versions": versions(), **report}
     policy = keep(path, measured.model, entry(measured.model, measured.prompts[0], found), record)
     return policy, {**report, "path": str(path)}
 

@@ -72,7 +72,7 @@ def measure(
         errors[:, v, c, i, 1 : stop - c] = rollouts.distances(run)[c + 2 : stop + 1].T
         times[v] += run.record["dit_ms"][c + 1 : stop]
         progress()
-    full = statistics.median(rollouts.full.record["dit_ms"])
+    full = statistics.median([ms for ms in rollouts.full.record["dit_ms"] if ms])
     costs = tuple(statistics.median(of) / full if of else 1.0 for of in times)
     gains = _gains(rollouts, boundaries, forecasts, lags[0], progress)
     sigmas = tuple(rollouts.full.record["sigmas"])

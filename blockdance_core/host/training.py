@@ -15,7 +15,7 @@ import json
 import os
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from blockdance_core.host.levels import noise_levels
 from blockdance_core.host.processes import gathered, mine, of_the_first, rank, world
 from blockdance_core.host.rewards import Fidelity, Reward
 from blockdance_core.host.rollout import Prompt, Rollouts, sigmas_of
+from blockdance_core.host.versions import versions
 from blockdance_core.policy import AdaptivePolicy, Calibrated, SchedulePolicy, load, save
 from blockdance_core.policy.adaptive import Segment, every_step, one_choice, step_at
 from blockdance_core.policy.network import DecisionNetwork, NetworkShape, Sight
@@ -122,7 +123,11 @@ class Pictures:
         for k in mine(range(len(self.prompts))):
             full = self.rollouts_of(k).full
             start, prompt = self.policy.start, self.prompts[k]
-            before, last = [one for step, one in full.estimates if step < start][-2:]
+            estimates = [one for step, one in full.estimates if step < start][-2:]
+            if len(estimates) < 2:
+                raise ConfigError(f"The sampler {prompt.sampler} evaluates the model less than twice before step {start + 1}, "
+                                  "where the network looks: choose a larger start, or another sampler.")
+            before, last = estimates
             latent = full.entered[start]
             entries = [{"cross_attn": embedding, **more} for embedding, more in prompt.positive]
             sight = Sight(latent, last, last - before, text({"positive": entries}, latent.shape[0]))
@@ -491,11 +496,12 @@ def _written(work: _Work, path: Path, about: dict[str, Any]) -> tuple[AdaptivePo
     record = about | {
         "pictures": len(pictures.of), "training_pictures": len(trainer.training), "held_out_pictures": len(trainer.held),
         "costs": {str(key): round(value, 4) for key, value in pictures.costs.items()}, "cost": cost, "processes": world(),
+        "threads": torch.get_num_threads(), "device_hours": round(cost["seconds"] * world() / 3600, 4),
         "device": str(pictures.model.load_device), "passes": trainer.epoch, "best_pass": best["epoch"],
         "tradeoffs": [trainer.settings.tradeoffs[level] for level in order],
         "held_out": [best["held_out"][level] for level in order],
         "held_out_alike": [alike[level] for level in order] if alike else [],
-        "parameters": policy.network.shape.parameters, "torch": str(torch.__version__), "curve": _thinned(trainer.curve),
+        "parameters": policy.network.shape.parameters, "versions": versions(), "curve": _thinned(trainer.curve),
     }
     policy = dataclasses.replace(policy, name=path.stem, record=record)
     if rank() == 0:
@@ -515,17 +521,29 @@ def _require_replaceable(path: Path) -> None:
 def _digest(
     model: ModelPatcher, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], policy: AdaptivePolicy
 ) -> str:
-    """What a training goes on with has to be the same: prompts, sizes, schedules, and the patches of the model."""
+    """What a training goes on with has to be the same: prompts with all that belongs to them, sizes, schedules, patches."""
     found = hashlib.sha256(repr((
         [list(some) for some in texts], policy.segments, policy.base.family, policy.base.depth, sigmas_of(model, prompts[0]),
         sorted((str(key), [patch[0] for patch in patches]) for key, patches in model.patches.items()),
     )).encode())
     for prompt in prompts:
-        for value in (prompt.latent, prompt.noise_mask, *(one for one, _ in (*prompt.positive, *prompt.negative))):
-            for tensor in value.unbind() if isinstance(value, torch.Tensor) and value.is_nested else (value,):
-                if isinstance(tensor, torch.Tensor):
-                    found.update(repr(tuple(tensor.shape)).encode() + tensor.detach().float().cpu().numpy().tobytes())
+        for tensor in _tensors((prompt.latent, prompt.noise_mask, prompt.positive, prompt.negative)):
+            found.update(repr(tuple(tensor.shape)).encode() + tensor.detach().float().cpu().numpy().tobytes())
     return found.hexdigest()
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in lists, tuples, dictionaries and the host's nested latents, in order."""
+    if getattr(value, "is_nested", False):
+        value = value.unbind()
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield from _tensors(value[key])
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _tensors(one)
 
 
 def _thinned(curve: Sequence[dict[str, Any]], most: int = 100) -> list[dict[str, Any]]:

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from blockdance_core.config import ConfigError
-from blockdance_core.forecast import MOST_FEATURES
+from blockdance_core.forecast import LARGEST_WEIGHT, MOST_FEATURES
 from blockdance_core.schedule import REUSE, Plan, Reuse, Schedule, Step, few_steps, follow, part_way
 
 SAME_LEVEL = 1e-3
 _ROUNDING = 1e-6
 _MAX_ORDER = 2
-_LARGEST_WEIGHT = 100.0
 _MOST = 1000
 """A run's part of the noise schedule is not put in words where it is smaller than one in so many."""
 
@@ -269,8 +268,8 @@ def require_rows(plans: Iterable[Plan], of: str = "") -> None:
         require(len(ages) <= MOST_FEATURES and all(age > 0 for age in ages) and ages == sorted(set(ages)),
                 f"{of}ages {ages} of fitted weights must ascend from 1, {MOST_FEATURES} at most")
         weights = [weight for _, weight in row.forecast.fitted]
-        require(all(abs(weight) <= _LARGEST_WEIGHT for weight in weights),
-                f"{of}fitted weights {weights} must be -{_LARGEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}")
+        require(all(abs(weight) <= LARGEST_WEIGHT for weight in weights),
+                f"{of}fitted weights {weights} must be -{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}")
 
 
 def _between(knots: Sequence[int], position: float) -> float:

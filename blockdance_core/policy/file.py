@@ -4,8 +4,8 @@ Metadata, all strings: `schema_version`, `kind`, `family`, `depth`, `name` (opti
 
 Kind `schedule` adds JSON lists with one value for each entry: `sampler`, `scheduler`, `steps`. The tensors of entry i:
 `{i}.boundary` int16 [plans, steps] (-1: computed), `{i}.order` and `{i}.anchored` uint8 and `{i}.damping` float32 of the same
-shape, `{i}.levels` float32 [steps + 1], `{i}.cut` and `{i}.loss` float32 [plans]; and where weights were fitted, `{i}.age` int16 and
-`{i}.weight` float32 [plans, steps, 3] (age 0: none).
+shape, `{i}.levels` float32 [steps + 1], `{i}.cut` and `{i}.loss` float32 [plans]; where weights were fitted, also `{i}.age`
+int16 and `{i}.weight` float32 [plans, steps, 3] (age 0: none).
 
 Kind `network` has all that, and in its metadata `trained` (the entry that the network was trained for), `segments` (JSON list
 of their first steps), `level_cuts` (JSON list) and `network` (JSON object, the fields of `NetworkShape`). The options of

@@ -12,7 +12,7 @@ import logging
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python dev.py bench", description=__doc__)
     top.add_argument("--model", choices=(*MODELS, "all"), nargs="+", default=["sd3-mini"], help="default: sd3-mini")
-    top.add_argument("--steps", type=int, nargs="+", default=[30], help="of the full run; several are done in turn")
+    top.add_argument("--steps", type=int, nargs="+", help="of the full run, several in turn (default: 30, or the model's)")
     for name, kind in (("sampler", str), ("scheduler", str), ("cfg", float)):
         top.add_argument(f"--{name}", type=kind, help="in place of the model's own")
     top.add_argument("--methods", nargs="+", default=["*"], metavar="PATTERN",
@@ -72,27 +72,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = {"command": command, "environment": place}
     found: dict[str, Any]
     if options.real_size is not None:
-        found = {"real_size": {**about, "rows": real_size.measure(options)}}
-        print(real_size.table(found["real_size"]["rows"]))
-    elif options.adaptive:
+        return _swept("real_size", real_size, about, options, options.real_size or real_size.MODELS, real_size.measure)
+    if options.latency:
+        return _swept("latency", latency, about, options, _models(options), lambda options, name: latency.measure(
+            _fitted(options, name, (options.steps or [None])[0]), name))
+    if options.adaptive:
+        if options.steps:
+            raise SystemExit("--adaptive runs as many steps as the policy was trained for: leave out --steps.")
         found = {"adaptive": {}}
         for name in _models(options):
             found["adaptive"][name] = about | adaptive.measure(_fitted(options, name), name)
             print(adaptive.table(found["adaptive"][name]))
-    elif options.latency:
-        rows = [row for name in _models(options) for row in latency.measure(_fitted(options, name), name)]
-        found = {"latency": {**about, "rows": rows}}
-        print(latency.table(rows))
     else:
         found = {**about, "models": {}, "points": []}
         for name in _models(options):
-            for steps in options.steps:
+            for steps in options.steps or [30]:
                 one = _fitted(options, name, steps)
                 found["models"][name], points = measure(
                     one, name, {"command": command, "device": place["device"], "torch": place["torch"]})
                 found["points"] += points
     if options.json:
         page.save(options.json, found)
+    return 0
+
+
+def _swept(
+    kind: str, sweep: Any, about: dict[str, Any], options: argparse.Namespace, names: Iterable[str],
+    measure_one: Callable[[argparse.Namespace, str], list[dict[str, Any]]],
+) -> int:
+    """A sweep over models; the figures of each are kept when it is finished."""
+    for name in names:
+        rows = [row | about for row in measure_one(options, name)]
+        print(sweep.table(rows), flush=True)
+        if options.json:
+            page.save(options.json, {kind: {"rows": rows}})
     return 0
 
 

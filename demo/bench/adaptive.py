@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from demo.bench import methods, runner
-from demo.bench.figures import RESAMPLES, bootstrap, worst_tenth
+from demo.bench.figures import RESAMPLES, bootstrap, tenth_gain, worst_tenth
 
 
 def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
             "gain": float((own - other).mean()), "gain_interval": bootstrap(own - other),
             "alike": float(same.mean()), "alike_gain": float((own - same).mean()), "alike_interval": bootstrap(own - same),
             "tenth": worst_tenth(own.tolist()), "static_tenth": worst_tenth(other.tolist()),
-            "tenth_interval": _tenths(own, other),
+            "tenth_interval": tenth_gain(own, other),
         })
     alone = attach(demo.model, Config(policy=policy))
     decided, full = bench.overhead(alone)
@@ -148,14 +148,6 @@ def _unbeaten(levels: Sequence[tuple[float, int]], similarity: np.ndarray) -> li
         if not kept or similarity[index].mean() > similarity[kept[-1][1]].mean():
             kept.append((cut, index))
     return kept[::-1]
-
-
-def _tenths(own: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """95 % interval of how much better the worst tenth is."""
-    drawn = np.random.default_rng(0).integers(len(own), size=(RESAMPLES // 5, len(own)))
-    gains = [worst_tenth(own[rows].tolist()) - worst_tenth(other[rows].tolist()) for rows in drawn]
-    low, high = np.percentile(gains, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def _apart(cut: np.ndarray, hard: np.ndarray) -> tuple[float, float]:

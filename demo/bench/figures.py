@@ -45,6 +45,7 @@ class Duel(NamedTuple):
         difference: Mean SSIM of ours less the rival's, over the same prompts.
         low: Lower end of its 95 % interval.
         high: Upper end.
+        tenth: 95 % interval of the same of the worst tenth of the prompts.
     """
 
     rival: dict[str, Any]
@@ -52,6 +53,7 @@ class Duel(NamedTuple):
     difference: float = math.nan
     low: float = math.nan
     high: float = math.nan
+    tenth: tuple[float, float] = (math.nan, math.nan)
 
     @property
     def outcome(self) -> str:
@@ -68,7 +70,7 @@ def duel(rival: dict[str, Any], ours: Sequence[dict[str, Any]]) -> Duel:
         return Duel(rival, None)
     best = max(fast, key=lambda point: point["ssim"])
     gains = np.subtract(best["prompt_ssim"], rival["prompt_ssim"])
-    return Duel(rival, best, float(gains.mean()), *bootstrap(gains))
+    return Duel(rival, best, float(gains.mean()), *bootstrap(gains), tenth_gain(best["prompt_ssim"], rival["prompt_ssim"]))
 
 
 def bootstrap(values: Sequence[float] | np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
@@ -76,6 +78,15 @@ def bootstrap(values: Sequence[float] | np.ndarray, resamples: int = RESAMPLES, 
     array = np.asarray(values, dtype=np.float64)
     drawn = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
     low, high = np.percentile(array[drawn].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def tenth_gain(own: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """95 % interval of how much better the worst tenth of the prompts is, by resampled prompts."""
+    drawn = np.random.default_rng(0).integers(len(own), size=(RESAMPLES, len(own)))
+    most = max(1, round(len(own) / 10))
+    means = [np.sort(np.asarray(values)[drawn], axis=1)[:, :most].mean(1) for values in (own, other)]
+    low, high = np.percentile(means[0] - means[1], [2.5, 97.5])
     return float(low), float(high)
 
 

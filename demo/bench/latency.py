@@ -10,6 +10,8 @@ from demo.bench import methods, runner
 
 BATCHES, STEPS, SCALES = (1, 2, 4, 8), (20, 30, 50, 100), (1.0, 1.5, 2.0)
 ROUNDS = 3
+KEY = ("model", "method", "setting", "sampler", "batch", "steps", "scale")
+"""What tells a row from all others."""
 
 
 def sweep(batch: int, steps: int) -> Iterator[tuple[int, int, float]]:

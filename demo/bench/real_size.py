@@ -79,17 +79,20 @@ MODELS = {
 }
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each model, setting, and form (eager; on a GPU compiled, too)."""
-    rows = []
-    for name in options.real_size or MODELS:
-        if name not in MODELS:
-            raise SystemExit(f"Unknown model {name!r}. Known: {', '.join(MODELS)}.")
-        size = scaled(MODELS[name], options.tokens_scale, options.layers_scale)
-        for compiled in (False, True) if torch.cuda.is_available() else (False,):
-            rows += [{"model": name, "tokens_scale": options.tokens_scale, "layers_scale": options.layers_scale,
-                      "note": size.note, "compiled": compiled, **row} for row in _rows(size, compiled, options.steps[0])]
-    return rows
+KEY = ("model", "setting", "compiled", "steps", "tokens_scale", "layers_scale")
+"""What tells a row from all others."""
+
+
+def measure(options: argparse.Namespace, name: str) -> list[dict[str, Any]]:
+    """One row of a model for each setting and form (eager; on a GPU compiled, too)."""
+    if name not in MODELS:
+        raise SystemExit(f"Unknown model {name!r}. Known: {', '.join(MODELS)}.")
+    size = scaled(MODELS[name], options.tokens_scale, options.layers_scale)
+    about = {"model": name, "tokens_scale": options.tokens_scale, "layers_scale": options.layers_scale, "note": size.note}
+    return [
+        {**about, "compiled": compiled, **row} for compiled in ((False, True) if torch.cuda.is_available() else (False,))
+        for row in _rows(size, compiled, (options.steps or [30])[0])
+    ]
 
 
 def scaled(size: Size, tokens: float, layers: float) -> Size:

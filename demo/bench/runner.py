@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from demo.architectures import ARCHITECTURES
 from demo.bench.figures import PSNR_CAP, bootstrap, worst_tenth
 from demo.bench.methods import Setting
 
@@ -98,7 +99,9 @@ class Runner:
         options, batch = self.options, self.batches[number]
         latent = empty_latent(self.demo.model, len(batch))
         if options.scale != 1:
-            side = [round(options.scale * length) for length in latent.shape[-2:]]
+            patch = ARCHITECTURES[self.demo.name].unet_config["patch_size"]
+            unit = patch if isinstance(patch, int) else patch[-1]
+            side = [unit * round(options.scale * length / unit) for length in latent.shape[-2:]]
             latent = latent.new_zeros(*latent.shape[:-2], *side)
         noise = comfy.sample.prepare_noise(latent, 1000 * options.seed + number)
         model = setting.patch(self.demo.model).clone()

@@ -31,6 +31,8 @@ def card(name: str, folder: pathlib.Path) -> str:
     thing = "clip" if architecture.moving else "picture"
     how = f"{figures['steps']} steps of {figures['sampler']}, scheduler {figures['scheduler']}, guidance {figures['cfg']}"
     objective = "the noise" if architecture.objective == "epsilon" else "noise - x0 (rectified flow)"
+    rows = architecture.frames // architecture.unet_config["patch_size"][0] if architecture.moving else 1
+    brief = f" (brief clips: {rows * training['batch']})" if architecture.moving else ""
     lines = [
         f"# {name}",
         "",
@@ -68,7 +70,7 @@ def card(name: str, folder: pathlib.Path) -> str:
         "",
         "| | Diffusion transformer and text encoder | Autoencoder, both halves, then the decoder alone |",
         "|---|---|---|",
-        f"| Steps x batch | {training['steps']:,} x {training['batch']} = {training['samples']:,} samples | "
+        f"| Steps x batch | {training['steps']:,} x {training['batch']}{brief} = {training['samples']:,} samples | "
         + ", ".join(f"{phase['steps']:,} x {first['training']['batch']}" for phase in phases) + " |",
         f"| Time | {training['seconds'] / 60:.0f} minutes | "
         + " + ".join(f"{phase['seconds'] / 60:.0f}" for phase in phases) + " minutes |",

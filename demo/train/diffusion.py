@@ -74,7 +74,7 @@ class Recipe:
 RECIPES = {
     "sd3-mini": Recipe(steps=4500),
     "pixart-mini": Recipe(steps=6500, ease=(0.3, 0.6), muon_rate=0.01, text_rate=0.1, spread=(0.4, 1.2)),
-    "wan-mini": Recipe(batch=32, steps=10800, muon_rate=0.01, text_rate=0.1, opening=(0.25, 0.65), spread=(0.4, 1.0)),
+    "wan-mini": Recipe(batch=32, steps=10000, muon_rate=0.01, text_rate=0.1, opening=(0.25, 0.65), spread=(0.4, 1.0)),
 }
 
 

@@ -218,6 +218,20 @@ def test_run_that_begins_too_late_takes_the_static_schedule_and_says_so(settings
     assert "reuse" in run["decisions"]
 
 
+def test_static_schedule_of_another_kind_of_forecast_is_followed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["sd3"]
+    policy = adaptive(case)
+    held = (*[Reuse(case.depth - 1, FORECASTS["hold"])] * (STEPS - START - 1), None)
+    policy = dataclasses.replace(policy, segments=(Segment(START, (held, *[(None,) * (STEPS - START)] * 2)),))
+    looking, static = (accelerate(model_of(case), policy=one) for one in (policy, policy.base))
+    monkeypatch.setattr(Session, "saw", lambda *_: None)  # as with a sampler that evaluates too little before
+    found, expected = (sample(one, case, steps=STEPS) for one in (looking, static))
+    assert any("static schedule is used" in text for text in last_run(looking)["warnings"])
+    assert last_run(looking)["decisions"] == last_run(static)["decisions"]
+    assert torch.equal(found, expected)
+    assert last_run(looking)["cached_bytes"] == last_run(static)["cached_bytes"] > 0
+
+
 def test_run_that_ends_before_takes_the_static_schedule() -> None:
     case = CASES["sd3"]
     accelerated = accelerate(model_of(case), policy=adaptive(case))

@@ -17,6 +17,7 @@ import comfy.sample
 import pytest
 import safetensors.torch
 import torch
+from comfy.nested_tensor import NestedTensor
 from harness import last_run, model_of
 from PIL import Image
 from tiny import CASES, Case
@@ -208,6 +209,23 @@ def test_sharing_the_first_steps_gives_the_same_outcomes_with_fewer_calls(sample
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "uni_pc"])
 def test_network_reads_in_training_what_it_is_shown_in_a_run(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_readings(CASE, prompts(2, sampler=sampler), monkeypatch)
+
+
+def test_sampler_that_shows_too_little_before_the_network_looks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dpm_fast evaluates .* choose a larger start"):
+        trained(tmp_path / "a.safetensors", prompts=prompts(2, sampler="dpm_fast"), design=Design(start=0.2))
+
+
+def test_training_does_not_go_on_with_other_extras_of_a_prompt() -> None:
+    policy = designed(model_of(CASE), prompts(1)[0], None, EXACT, 1)
+    digests = set()
+    for value in (0.0, 1.0):
+        like = prompts(1)
+        positive = [[text, {**more, "pooled_output": torch.full((1, 4), value)}] for text, more in like[0].positive]
+        digests.add(training._digest(model_of(CASE), [dataclasses.replace(like[0], positive=positive)], [["", ""]], policy))
+    assert len(digests) == 2
+    nested = [NestedTensor((torch.zeros(1, 2), torch.full((1, 3), value))) for value in (0.0, 1.0)]
+    assert [[len(one.flatten()) for one in training._tensors({"latent": [latent]})] for latent in nested] == [[2, 3]] * 2
 
 
 @pytest.mark.parametrize("name", ["cosmos_t2v", "ltxav", "undeclared"])

@@ -103,3 +103,8 @@ def test_resolve_boundary_outside_the_depth_names_value_and_range(boundary: int)
     with pytest.raises(ConfigError, match=rf"boundary = {boundary} .* 8 blocks, so the range is 0 to 7"):
         resolve(Config(preset="custom", boundary=boundary), Defaults(), 8)
     assert resolve(Config(preset="custom", boundary=7), Defaults(), 8).boundary == 7
+
+
+@pytest.mark.parametrize("settings", [{"preset": "auto"}, {"preset": "paper"}, {"preset": "custom", "enabled": False}])
+def test_resolve_boundary_that_is_not_in_force_may_be_of_a_deeper_model(settings: dict[str, Any]) -> None:
+    assert resolve(Config(**settings, boundary=29), Defaults(), 8).boundary == 5

@@ -117,6 +117,14 @@ def test_second_evaluation_of_a_step_takes_the_place_of_the_first() -> None:
     assert not asked(strict, 2), "the last evaluation is what would be injected, and it is off by a half"
 
 
+def test_evaluation_of_an_earlier_step_is_judged_by_what_lies_before_it() -> None:
+    watch = guard(5.0)
+    for step in (0, 1, 2, 3, 2, 4):  # as heunpp2 looks ahead
+        see(watch, step, 1.0 + 0.1 * step)
+    assert asked(watch, 5)
+    assert not asked(watch, 4)
+
+
 def test_stream_that_appears_late_forbids_what_it_has_not_measured() -> None:
     for order in ("ab", "ba"):
         watch = guard(math.inf)

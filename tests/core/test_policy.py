@@ -145,7 +145,8 @@ def test_fitted_plan_keeps_its_share_and_its_ends(steps: int, first: float, powe
     assert text[-1] == "."
     assert first == 0.0 or text[1] != "r"
     assert {step.boundary for step in plan.steps} <= {None, 20}
-    assert {step.forecast for step in plan.steps} <= {None, dataclasses.replace(FAST.forecast, fitted=())}, "fitted to other steps"
+    expansion = dataclasses.replace(FAST.forecast, fitted=())
+    assert {step.forecast for step in plan.steps} <= {None, expansion}, "the weights are of other steps"
     low, high = round(source.position(levels[0])), source.steps
     share = sum(row is None for row in source.plans[1][low:high]) / (high - low)
     slack = 2 + steps * (0.15 if first else 0)
@@ -358,8 +359,8 @@ def test_name_is_that_of_the_file_where_it_has_none(tmp_path: Path) -> None:
 
 def test_file_without_fitted_weights_has_the_expansions_alone(tmp_path: Path) -> None:
     tensors, metadata = content()
-    safetensors.torch.save_file(
-        {key: value for key, value in tensors.items() if key not in ("0.age", "0.weight")}, tmp_path / "a.safetensors", metadata)
+    del tensors["0.age"], tensors["0.weight"]
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", metadata)
     (found,) = load(tmp_path / "a.safetensors").entries
     assert found.plans == (entry().plans[0], plan_of(PLANS[20][1], Reuse(20, Forecast(True, 2, 0.9))))
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from blockdance_core import plots
 from blockdance_core.config import Config
 from blockdance_core.plots import timeline
 from blockdance_core.report import empty_record, report, run_record, step_medians, summary
@@ -62,6 +63,16 @@ def test_timeline_is_a_picture_for_any_number_of_steps(steps: int) -> None:
     assert picture.shape == (300, 960, 3)
     assert picture.dtype == np.float32
     assert 0 <= picture.min() < picture.max() <= 1
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({}, "N = 2, 6 of 8 blocks, hold"), ({"policy": "mine", "quality": "off"}, "N = 2, policy mine"),
+    ({"policy": None, "quality": "draft"}, "draft, 6 of 8 blocks"), ({"group_size": 1}, "every step computed"),
+])
+def test_heading_of_a_timeline_names_what_decided(settings: dict[str, Any], said: str) -> None:
+    run = record([1.0, 0.5, 0.0])
+    run["config"] = {"group_size": 2, "boundary_label": "6 of 8 blocks", "forecast": "hold", **settings}
+    assert said in plots._heading(run)
 
 
 def test_medians_are_of_computed_and_of_reused_steps() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from blockdance_core.schedule import follow
-from demo.architectures import ARCHITECTURES
+from demo import loader
 from demo.bench import __main__ as program
 from demo.bench import adaptive, figures, latency, methods, page, real_size, rivals, runner
 
@@ -241,6 +241,23 @@ def test_differences_whose_interval_holds_0_are_ties(gains, outcome) -> None:
     assert figures.duel(_point("fora", 0.5, [0.9] * 4), [mine]).outcome == outcome
 
 
+def test_worst_tenth_has_an_interval_and_what_is_surely_worse_is_listed() -> None:
+    spread = [0.9 + 0.001 * k for k in range(20)]
+    assert figures.tenth_gain(spread, spread) == (0.0, 0.0)
+    assert figures.tenth_gain(spread, [value - 0.5 for value in spread])[0] == pytest.approx(0.5)
+    mine = _point("ours-auto", 0.5, [0.5, 0.5, *[1.0] * 18])
+    text = page.render({**_data(), "points": [mine, _point("fora", 0.5, [0.9] * 20)]}, {})
+    assert "| fora | 0 | 1 | 0 | 0 | 0 | 1 | 0 |" in text, "two lost pictures of twenty may be none of twenty others"
+
+
+def test_page_says_what_was_not_measured() -> None:
+    text = page.render({**_data(), "points": [_point("fora", 0.5, [0.9] * 4)]}, {})
+    assert "- wan-mini, 50 steps: nothing" in text
+    assert "- sd3-mini, 20 steps: ours-paper" in text
+    assert "- `python dev.py bench --real-size`" in text
+    assert "fora" not in text[text.index("## Not measured") :].splitlines()[2]
+
+
 def test_page_counts_the_reuse_steps_that_keep_a_tail() -> None:
     from blockdance_core.forecast import FORECASTS
     from blockdance_core.schedule import Reuse
@@ -278,14 +295,21 @@ def test_latency_sweep_changes_one_thing_at_a_time() -> None:
     ]
 
 
-def test_latency_is_measured_at_other_sizes(monkeypatch, capsys, caplog) -> None:
+@pytest.mark.parametrize("name", loader.MODELS)
+def test_latency_is_measured_at_other_sizes_and_steps(name, monkeypatch, capsys, caplog, tmp_path) -> None:
     caplog.set_level(logging.WARNING)
     for name, values in (("BATCHES", (1,)), ("STEPS", (10,)), ("SCALES", (1.0, 1.5)), ("ROUNDS", 1)):
         monkeypatch.setattr(latency, name, values)
-    monkeypatch.setitem(ARCHITECTURES["sd3-mini"].sampling, "steps", 10)
-    assert program.main(["--latency", "--batch", "1", "--threads", "1"]) == 0
+    target = tmp_path / "figures.json"
+    page.save(target, {"latency": {"rows": [dict.fromkeys(latency.KEY, "another")]}})
+    sampled = ["--latency", "--model", name, "--steps", "10", "--batch", "1", "--threads", "1", "--json", str(target)]
+    assert program.main(sampled) == 0
+    assert program.main(sampled) == 0, "measured again it takes the place of what was there"
+    rows = json.loads(target.read_text(encoding="utf-8"))["latency"]["rows"]
+    assert [(row["model"], row["scale"]) for row in rows] == [("another", "another"), (name, 1.0), (name, 1.5)]
+    assert rows[-1]["command"].startswith("python dev.py bench --latency")
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[1:5] for line in printed[2:]] == [
+    assert [line.split(" | ")[1:5] for line in printed[2:4]] == [
         ["ours-auto N=2", "1", "10", "1x"], ["ours-auto N=2", "1", "10", "1.5x"],
     ]
 
@@ -320,8 +344,8 @@ def test_a_model_of_real_size_is_measured_at_a_small_one(monkeypatch) -> None:
     small = size.config | {"depth": 1, "adm_in_channels": 16, "context_embedder_config": text}
     monkeypatch.setitem(real_size.MODELS, "small", dataclasses.replace(size, config=small, text=(4, 32), pooled=16))
     monkeypatch.setattr(real_size, "ROUNDS", 1)
-    options = SimpleNamespace(real_size=["small"], tokens_scale=0.1, layers_scale=0.25, steps=[4])
-    rows = {row["setting"]: row for row in real_size.measure(options)}
+    options = SimpleNamespace(tokens_scale=0.1, layers_scale=0.25, steps=[4])
+    rows = {row["setting"]: row for row in real_size.measure(options, "small")}
     assert rows["inactive"]["cut_arithmetic"] == 0
     assert rows["all blocks N=2"]["cut_arithmetic"] == 0.25  # of four steps the second; the last is computed
     assert rows["all blocks N=2"]["blocks"] == 6

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from blockdance_core import calibration
@@ -25,17 +27,35 @@ def test_a_small_calibration_is_kept_resumed_and_extended(
 ) -> None:
     caplog.set_level(logging.WARNING)  # the program sets the root's level; this puts it back
     monkeypatch.setattr(profiling, "LAGS", (1, 2))
+    monkeypatch.setattr(calibrate, "BATCH", 1)
     out = tmp_path / "policies" / "a.safetensors"
+    profile = out.with_name("a.safetensors.euler-8.npz")
+    measure, measured = profiling.measure, []
+
+    def measure_once(*arguments: Any, **more: Any) -> calibration.Profile:
+        if len(measured) == 1:
+            raise InterruptedError
+        measured.append(measure(*arguments, **more))
+        return measured[-1]
+
+    monkeypatch.setattr(profiling, "measure", measure_once)
+    with pytest.raises(InterruptedError):
+        run("--out", str(out))
+    assert calibration.load_profile(profile)[1]["batches"] == 1
+
+    measured.append(None)  # one more is allowed
     monkeypatch.setattr("blockdance_core.host.calibrate.calibrated", lambda *_, **__: [])
     with pytest.raises(SystemExit, match="no schedule"):
         run("--out", str(out))
-    profile = out.with_name("a.safetensors.euler-8.npz")
+    assert len(measured) == 3
     assert os.listdir(out.parent) == [profile.name]
     before, settings = calibration.load_profile(profile)
+    assert before.errors.shape[0] == settings["batches"] == 2
     assert (settings["prompts"], settings["split"], settings["boundaries"]) == (2, "train", [15])
     rollouts = settings["cost"]["rollouts"]
 
     monkeypatch.undo()
+    monkeypatch.setattr(calibrate, "BATCH", 1)
     monkeypatch.setattr("blockdance_core.host.profiling.measure", None)  # the profile is there already
     run("--out", str(out), "--effort", "1")
     assert os.listdir(out.parent) == [out.name]
@@ -55,6 +75,12 @@ def test_a_small_calibration_is_kept_resumed_and_extended(
     assert "already in" in capsys.readouterr().out
     with pytest.raises(TypeError):
         run("--out", str(out), "--effort", "1", "--again")
+
+
+def test_profile_of_another_version_is_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, settings="{}", forecasts=[1.0])
+    assert calibrate._resumed(path, {}) == (None, 0, {})
 
 
 def test_captions_of_profile_and_checks_are_of_the_train_split_and_differ() -> None:

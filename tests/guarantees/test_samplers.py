@@ -53,6 +53,15 @@ def test_every_sampler_of_the_host_runs_to_the_end() -> None:
         assert last_run(accelerated)["reused_calls"] > 0, sampler
 
 
+@pytest.mark.parametrize("sampler", ["heunpp2", "heun", "dpm_2", "dpmpp_2s_ancestral", "dpm_adaptive", "uni_pc"])
+def test_quality_watches_any_sampler_and_reuses_nothing_that_it_does_not_accept(sampler: str) -> None:
+    model, how = model_of(sd3), {"steps": 12, "sampler": sampler}
+    strict, lax = (accelerate(model, quality="balanced", tolerance=tolerance) for tolerance in (1e-9, 5.0))
+    assert torch.equal(sample(strict, sd3, **how), sample(model, sd3, **how))
+    assert torch.isfinite(sample(lax, sd3, **how)).all()
+    assert last_run(lax)["reused_calls"] > 0
+
+
 @pytest.mark.parametrize("sigmas", [[0.0, 0.0], [1.0, 0.0], [0.5], [1.0, 1.0, 1.0, 0.0], [0.5, 0.5]])
 def test_degenerate_sigmas_are_tolerated(sigmas: list[float]) -> None:
     model = model_of(sd3)

@@ -114,6 +114,10 @@ def test_of_two_models_in_one_run_the_first_decides() -> None:
     both, negative = accelerate(model, boundary=5), accelerate(other, boundary=1)
     assert torch.equal(dual(both, negative), dual(both, other)), "both run as the first is set"
     assert reused_steps(last_run(both)) == [4, 6, 8]
+    dual(both, negative)
+    assert any("negative model" in text for text in last_run(both)["warnings"])
+    dual(both, accelerate(other, boundary=5))
+    assert last_run(both)["warnings"] == []
     assert runs(negative) == []
     assert torch.equal(dual(model, negative), dual(model, other))
     assert runs(negative) == []
@@ -170,3 +174,37 @@ def test_a_short_second_stage_computes_everything_and_says_so(
     ours = [record for record in caplog.records if record.name.startswith("blockdance")]
     assert [record.levelname for record in ours] == ["INFO"]
     assert run["warnings"][0] in ours[0].getMessage()
+
+
+class Training(comfy.samplers.Sampler):
+    """What the host's Train LoRA does with a model: noise levels at random, and a latent that wants gradients."""
+
+    def sample(
+        self, model_wrap: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor, *_: Any
+    ) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        self.seen = []
+        with torch.enable_grad():
+            for _step in range(30):
+                sigma = (torch.rand((1,), generator=generator) * 5 - 2).exp()
+                x = torch.randn(noise.shape, generator=generator).requires_grad_(True)
+                self.seen.append(model_wrap(x, sigma.requires_grad_(True), **extra_args).detach())
+        return noise
+
+
+@pytest.mark.parametrize("settings", [{}, {"start_percent": 0.0, "end_percent": 1.0}, {"preset": "auto", "quality": "draft"}])
+def test_a_model_that_is_trained_is_never_accelerated(settings: dict[str, Any]) -> None:
+    case = CASES["pixart_sigma"]
+    model, seen = model_of(case), []
+    accelerated = accelerate(model, **settings)
+    for one in (model, accelerated):
+        guider, training = comfy.samplers.CFGGuider(one), Training()
+        guider.set_conds(*case.conds(model))
+        guider.set_cfg(1.0)
+        latent = case.latent()
+        guider.sample(torch.zeros_like(latent), latent, training, torch.arange(12.0), disable_pbar=True, seed=0)
+        seen.append(training.seen)
+    assert all(torch.equal(found, full) for full, found in zip(*seen, strict=True))
+    run = last_run(accelerated)
+    assert (run["reused_calls"], run["cached_bytes"]) == (0, 0)
+    assert any("being trained" in text for text in run["warnings"])

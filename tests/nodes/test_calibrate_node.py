@@ -143,6 +143,12 @@ def test_bad_names_are_refused(name: str, calibrate: Any, folder: Path, measured
     assert not folder.exists()
 
 
+def test_name_that_comes_from_another_node_is_judged_when_it_is_known(nodes: dict[str, Any]) -> None:
+    assert nodes["BlockDanceCalibrate"].validate_inputs(None) is True
+    assert nodes["BlockDanceLoadPolicy"].validate_inputs(None) is True
+    assert nodes["BlockDanceTrainPolicy"].validate_inputs(None, None) is True
+
+
 def test_good_names_are_files_of_the_folder(calibrate: Any, folder: Path) -> None:
     for name, file in (
         ("my-policy", "my-policy"), ("a.safetensors", "a"), (" SD3.5 (large) v2+", "SD3.5 (large) v2+"),

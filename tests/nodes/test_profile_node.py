@@ -217,8 +217,8 @@ def test_groups_are_measured_with_the_features_of_the_steps_that_the_lag_says(
 def test_history_makes_a_difference_at_every_lag_and_none_where_there_is_none() -> None:
     lags = (1, 3)
     held, led = (
-        profiling.measure(Rollouts(model_of(CASE), prompt()), [7], all_alike(Forecast(True, order), len(lags)), GRAM, lags).errors
-        for order in (0, 1)
+        profiling.measure(Rollouts(model_of(CASE), prompt()), [7], all_alike(forecast, len(lags)), GRAM, lags).errors
+        for forecast in (Forecast(True, 0), Forecast(True, 1))
     )
     for _, c, i in profiling.groups(STEPS, 1, lags):
         one, other = held[:, 0, c, i, 1], led[:, 0, c, i, 1]
@@ -235,6 +235,11 @@ def test_samplers_that_evaluate_a_step_several_times_are_profiled(sampler: str, 
     assert np.isfinite(profile.gains).all()
 
 
+def test_steps_that_a_sampler_leaves_out_cost_no_time(node: Any) -> None:
+    measured = node.execute(**inputs(sampler_name="dpm_fast", scheduler="ddim_uniform", steps=14)).result[0]
+    assert all(cost > 0 for cost in measured.profile.costs)
+
+
 def test_gram_holds_first_evaluations() -> None:
     euler, heun = (profiling.gram(Rollouts(model_of(CASE), prompt(sampler, steps=4)), [7]) for sampler in ("euler", "heun"))
     assert np.isfinite(heun).all()
@@ -243,11 +248,14 @@ def test_gram_holds_first_evaluations() -> None:
 
 
 def test_gram_weighs_conditionings_as_guidance_does() -> None:
-    model = model_of(CASE)
-    negative = CASE.conds(model)[1]
-    same = {cfg: profiling.gram(Rollouts(model, prompt(cfg=cfg, positive=negative, negative=negative)), [7]) for cfg in (1.0, 4.5)}
-    assert same[4.5] == pytest.approx(same[1.0], rel=1e-3), "what both have in common is not amplified"
-    other = profiling.gram(Rollouts(model, prompt(cfg=4.5)), [7])
+    _, negative = CASE.conds(model_of(CASE))
+
+    def gram(**changes: Any) -> np.ndarray:
+        return profiling.gram(Rollouts(model_of(CASE), prompt(**changes)), [7])
+
+    same = [gram(cfg=cfg, positive=negative, negative=negative) for cfg in (1.0, 4.5)]
+    assert same[1] == pytest.approx(same[0], rel=1e-3), "what both have in common is not amplified"
+    other = gram(cfg=4.5)
     assert other == pytest.approx(np.swapaxes(other, 1, 2))
     assert (other[0].diagonal() > 0).all()
 
