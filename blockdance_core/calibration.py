@@ -154,7 +154,7 @@ def load_profile(path: str | os.PathLike[str]) -> tuple[Profile, dict[str, Any]]
     if found.keys() != {"settings", *(field.name for field in dataclasses.fields(Profile))}:
         raise ValueError(f"{path} holds {', '.join(sorted(found))}: it is of another version. Profile again.")
     settings: dict[str, Any] = json.loads(str(found.pop("settings")))
-    rows = {name: tuple(found.pop(name).tolist()) for name in ("boundaries", "costs", "lags", "sigmas")}
+    rows: dict[str, Any] = {name: tuple(found.pop(name).tolist()) for name in ("boundaries", "costs", "lags", "sigmas")}
     return Profile(**rows, **found), settings
 
 

@@ -150,7 +150,7 @@ def _resumed(path: Path, settings: dict[str, Any]) -> tuple[Any, int, dict[str, 
     """The profile that an earlier call left, of how many batches it is, and what it took; None, and nothing."""
     from blockdance_core.calibration import load_profile
 
-    nothing = None, 0, {}
+    nothing: tuple[Any, int, dict[str, float]] = None, 0, {}
     if not path.is_file():
         return nothing
     try:

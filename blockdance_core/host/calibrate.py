@@ -75,7 +75,7 @@ def profiled(
     if steps < _FEWEST:
         raise ValueError(f"A run of {max(steps, 0)} steps has none to reuse: the first and the last are always computed. "
                          f"Choose {_FEWEST} or more.")
-    each = len(profiling.groups(steps, len(boundaries))) + len(profiling.probes(steps)) + 2
+    each = len(profiling.groups(steps, len(boundaries), profiling.LAGS)) + len(profiling.probes(steps)) + 2
     done = 0
 
     def step(count: int = 1) -> None:
@@ -89,9 +89,10 @@ def profiled(
         grams.append(profiling.gram(rollouts[-1], boundaries))
         step(2)
     known = np.sum([*grams, *([] if before is None else [before])], 0)
-    forecasts = chosen(known, rollouts[0].full.record["sigmas"], profiling.LAGS, profiling.LONGEST)
+    reach = profiling.LAGS, profiling.LONGEST
+    forecasts = chosen(known, rollouts[0].full.record["sigmas"], *reach)
     pairs = zip(rollouts, grams, strict=True)
-    return merged([profiling.measure(one, boundaries, forecasts, gram, progress=step) for one, gram in pairs]), rollouts
+    return merged([profiling.measure(one, boundaries, forecasts, gram, *reach, step) for one, gram in pairs]), rollouts
 
 
 def calibrated(

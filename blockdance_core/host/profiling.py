@@ -40,9 +40,9 @@ def gram(rollouts: Rollouts, boundaries: Sequence[int]) -> np.ndarray:
     found = np.full((len(boundaries), steps, steps), np.nan)
     for v, boundary in enumerate(boundaries):
         taken = [recorder.residual(boundary, step) for step in range(steps)]
-        for k, other in itertools.product(range(steps), repeat=2):
-            if taken[k] is not None and taken[other] is not None and taken[k][0] == taken[other][0]:
-                found[v, k, other] = torch.dot(taken[k][1], taken[other][1])
+        for (k, one), (j, other) in itertools.product(enumerate(taken), repeat=2):
+            if one is not None and other is not None and one[0] == other[0]:
+                found[v, k, j] = torch.dot(one[1], other[1])
     return found
 
 

@@ -146,10 +146,11 @@ def _data() -> dict:
     row = {
         "model": "sd3-mini", "method": "ours-auto", "setting": "N=2", "batch": 1, "steps": 20, "scale": 1.0,
         "full_dit_ms": 10.0, "dit_ms": 5.0, "cut": 0.5, "cut_wall": 0.5, "cut_arithmetic": 0.5,
+        "sampler": "euler", "command": "python dev.py bench --latency", "environment": place,
     }
     return {
         "command": "python dev.py bench", "environment": place, "models": {"sd3-mini": {"inactive_share": 0.001}},
-        "points": points, "latency": {"command": "python dev.py bench --latency", "environment": place, "rows": [row]},
+        "points": points, "latency": {"rows": [row]},
     }
 
 
@@ -157,7 +158,7 @@ def test_page_says_which_goals_are_met_and_which_rivals_are_beaten() -> None:
     text = page.render(_data(), {})
     assert "| sd3-mini | 20 | near-lossless | SSIM >= 0.99 | 45% | 50.0% | ours-auto N=2 | met |" in text
     assert "| sd3-mini | 20 | stretch | SSIM >= 0.95 | 62% | 50.0% | ours-auto N=2 | not met |" in text
-    assert "| sd3-mini | 20 | fora | 1 | 0 | 0 | 0 | 1 of 1 |" in text
+    assert "| sd3-mini | 20 | fora | 1 | 0 | 0 | 0 | 1 | 0 | 0 |" in text
     assert "teacache N=2 (cut 70.0%, SSIM 0.8500): no point of ours cuts as much" in text
     assert "images/pareto-sd3-mini-20.png" in text
     assert "| sd3-mini | ours-auto N=2 | 1 | 20 | 1x | 10 | 5 | 50.0% | 50.0% |" in text
@@ -298,8 +299,8 @@ def test_latency_sweep_changes_one_thing_at_a_time() -> None:
 @pytest.mark.parametrize("name", loader.MODELS)
 def test_latency_is_measured_at_other_sizes_and_steps(name, monkeypatch, capsys, caplog, tmp_path) -> None:
     caplog.set_level(logging.WARNING)
-    for name, values in (("BATCHES", (1,)), ("STEPS", (10,)), ("SCALES", (1.0, 1.5)), ("ROUNDS", 1)):
-        monkeypatch.setattr(latency, name, values)
+    for what, values in (("BATCHES", (1,)), ("STEPS", (10,)), ("SCALES", (1.0, 1.5)), ("ROUNDS", 1)):
+        monkeypatch.setattr(latency, what, values)
     target = tmp_path / "figures.json"
     page.save(target, {"latency": {"rows": [dict.fromkeys(latency.KEY, "another")]}})
     sampled = ["--latency", "--model", name, "--steps", "10", "--batch", "1", "--threads", "1", "--json", str(target)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import demo
-from demo import run
+from demo import run, scenes
 from demo.architectures import ARCHITECTURES
 
 FOLDER = Path(demo.__file__).parent
@@ -50,3 +50,10 @@ def test_with_model_samples_as_the_card_of_the_model_says(model):
     assert (inputs["sampler_name"], inputs["scheduler"]) == (how["sampler"], how["scheduler"])
     assert (inputs["cfg"], inputs["steps"]) == (how["cfg"], how["steps"])
     assert run.only(API, "BlockDanceDemoLoader")[1]["inputs"]["name"] == "sd3-mini"
+
+
+@pytest.mark.parametrize("moving", [False, True], ids=["picture", "clip"])
+def test_caption_is_one_for_every_model(moving):
+    texts = [node["inputs"]["text"] for node in API.values() if node["class_type"] == "BlockDanceDemoCaption"]
+    (text,) = filter(None, texts)
+    scenes.parse(text, moving)
