@@ -93,6 +93,11 @@ Plan = Sequence["Reuse | None"]
 """How every step of a run reuses, None for one that is computed: what a calibration finds and a policy says."""
 
 
+def expanded(plan: Plan) -> Plan:
+    """The same plan with the expansions alone, without the weights that were fitted to full runs and to exactly these steps."""
+    return tuple(row and Reuse(row.boundary, dataclasses.replace(row.forecast, fitted=())) for row in plan)
+
+
 def follow(plan: Plan) -> Schedule:
     """The schedule of an explicit plan.
 

@@ -17,7 +17,7 @@ from blockdance_core.host.attach import sampler_name
 from blockdance_core.host.levels import noise_levels
 from blockdance_core.host.rollout import Prompt, Rollouts, sigmas_of
 from blockdance_core.policy import Calibrated
-from blockdance_core.schedule import Plan
+from blockdance_core.schedule import Plan, expanded
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -127,6 +127,7 @@ def calibrated(
         if not plans and len(cuts) == 1:  # few steps have few cuts
             reusing = [(abs(one.cut - cut), lead, one.plan) for lead, of in fronts.items() for one in of if any(one.plan)]
             plans = {plan: lead for _, lead, plan in sorted(reusing, key=lambda row: row[:2])[:1]}
+        plans |= {expanded(plan): lead for plan, lead in plans.items()}  # where the fit does not hold
         if plans:
             best = min((check(plan) for plan in plans), key=lambda one: one.score)
             found.append(_climbed(profile, best, check, plans[best.plan], tries if cut >= 0.6 else 0))

@@ -11,7 +11,7 @@ from typing import Any
 
 from blockdance_core.config import ConfigError
 from blockdance_core.forecast import LARGEST_WEIGHT, MOST_FEATURES
-from blockdance_core.schedule import REUSE, Plan, Reuse, Schedule, Step, few_steps, follow, part_way
+from blockdance_core.schedule import REUSE, Plan, Reuse, Schedule, Step, expanded, few_steps, follow, part_way
 
 SAME_LEVEL = 1e-3
 _ROUNDING = 1e-6
@@ -132,6 +132,7 @@ class Calibrated:
         count = len(levels) - 1
         if self.same(levels):
             return plan
+        plan = expanded(plan)  # other steps are stored than those that weights were fitted to
         reused = [j for j, row in enumerate(plan) if row]
         if not reused:
             return (None,) * count
@@ -150,8 +151,7 @@ class Calibrated:
         }
 
         def nearest(position: float) -> Reuse | None:
-            row = plan[min(reused, key=lambda j: abs(j - position))]
-            return row and Reuse(row.boundary, dataclasses.replace(row.forecast, fitted=()))  # other steps were stored here
+            return plan[min(reused, key=lambda j: abs(j - position))]
 
         return tuple(None if k in computed else nearest(positions[k]) for k in range(count))
 

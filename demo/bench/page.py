@@ -326,8 +326,9 @@ def _adaptive(data: dict[str, Any]) -> Iterator[str]:
         return
     yield from ("## Policies that look at the picture", "")
     yield (
-        "After a few steps a network decides for each picture which of the calibrated schedules it follows. *Static* is the "
-        "calibrated schedule of the same cut for all pictures, or, between two of them, one drawn by lot. *One for all* is the "
+        "After a few steps a network decides for each picture which of the calibrated schedules in its file it follows. "
+        "*Static* is that of the same cut for all pictures, or, between two of them, one drawn by lot; a later calibration may "
+        "have found better ones, see the tables above. *One for all* is the "
         "same with the schedules that the network chooses from, which compute all steps before it looks; which of them are "
         "best was seen on these captions, to its favour. SSIM to the full run (data range 1); differences are paired, with "
         "95 % intervals of a bootstrap over prompts."

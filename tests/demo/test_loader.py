@@ -83,7 +83,9 @@ def test_sampled_easy_captions_come_out_right(demo, name):
     """A smoke test of weights, text encoder, VAE and sampler together; the card has the real figures."""
     texts = loader.captions(name, "validation", 8, SEED, "easy")
     verdicts = report.judge(report.sample(demo, texts, SEED, steps=20), texts)
-    assert sum(verdict.right for verdict in verdicts) >= 6, list(zip(texts, verdicts, strict=True))
+    judged = [right for verdict in verdicts for found in verdict.objects for right in found.values()]
+    assert sum(judged) >= 0.85 * len(judged), list(zip(texts, verdicts, strict=True))
+    assert all(verdict.background for verdict in verdicts)
 
 
 @pytest.mark.parametrize(
