@@ -56,7 +56,7 @@ def test_every_sampler_of_the_host_runs_to_the_end() -> None:
 @pytest.mark.parametrize("sampler", ["heunpp2", "heun", "dpm_2", "dpmpp_2s_ancestral", "dpm_adaptive", "uni_pc"])
 def test_quality_watches_any_sampler_and_reuses_nothing_that_it_does_not_accept(sampler: str) -> None:
     model, how = model_of(sd3), {"steps": 12, "sampler": sampler}
-    strict, lax = (accelerate(model, quality="balanced", tolerance=tolerance) for tolerance in (1e-9, 5.0))
+    strict, lax = (accelerate(model, preset="auto", quality="balanced", tolerance=tolerance) for tolerance in (1e-9, 5.0))
     assert torch.equal(sample(strict, sd3, **how), sample(model, sd3, **how))
     assert torch.isfinite(sample(lax, sd3, **how)).all()
     assert last_run(lax)["reused_calls"] > 0
