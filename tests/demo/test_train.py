@@ -88,6 +88,11 @@ def test_part_is_whole_first_then_falls_to_nothing():
     assert diffusion.part_at(0, (0.0, 0.0)) == 0
 
 
+def test_brief_clips_come_first_then_every_other_step_then_no_more():
+    assert "".join("wb"[diffusion.brief_at(step, 10, (0.25, 0.65))] for step in range(10)) == "bbbbwbwwww"
+    assert not any(diffusion.brief_at(step, 10, (0.0, 0.0)) for step in range(10))
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Start or continue a tiny run in `tmp_path`; returns its state."""
