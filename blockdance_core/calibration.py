@@ -182,7 +182,7 @@ def front(profile: Profile, lead: int = 1) -> list[Found]:
     """
     steps, longest = profile.steps, profile.errors.shape[4]
     losses = np.nan_to_num(profile.losses(), nan=np.inf, posinf=np.inf)
-    costs = [max(1, round(cost * _UNIT)) for cost in profile.costs]
+    costs = [min(max(1, round(cost * _UNIT)), _UNIT) for cost in profile.costs]
     budgets = steps * _UNIT + 1
     # best[c, lag, b]: least loss of arriving at the computed step c with b spent, the one before it `lag` earlier
     best = np.full((steps + 1, longest + 1, budgets), np.inf)

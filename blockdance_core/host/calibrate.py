@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 log = logging.getLogger(__name__)
-CUTS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
+CUTS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.525, 0.55, 0.575, 0.6, 0.625, 0.65, 0.675, 0.7, 0.725, 0.75, 0.775, 0.8)
 _LEADS = (0.0, 0.1, 0.15, 0.2, 0.3)
 """Shares of the steps that are computed first, to choose from: a program that adds errors up underrates early ones."""
 _TOLERANCE = 0.02
@@ -99,7 +99,7 @@ def calibrated(
     profile: Profile, checks: Sequence[Rollouts], cuts: Sequence[float] = CUTS, tries: int = 0,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Checked]:
-    """The best schedule for each cut that is wanted, proved by real runs.
+    """The best schedule for each cut that is wanted, proved by real runs; none that saves nothing, or whose runs overflow.
 
     Args:
         profile: What reuse costs.
@@ -118,7 +118,8 @@ def calibrated(
         if plan not in known:
             share = np.concatenate([one.errors(one.run(plan)).numpy() for one in checks])
             cut = sum(1 - cost[row.boundary] for row in plan if row) / steps
-            known[plan] = Checked(plan, cut, float(share.mean()), float((share / (share + SATURATION)).mean()))
+            lost = np.where(np.isfinite(share), share / (share + SATURATION), 1.0)
+            known[plan] = Checked(plan, cut, float(share.mean()), float(lost.mean()))
         return known[plan]
 
     found: list[Checked] = []
@@ -133,7 +134,8 @@ def calibrated(
             found.append(_climbed(profile, best, check, plans[best.plan], tries if cut >= 0.6 else 0))
         progress(done + 1, len(cuts))
     kept: list[Checked] = []
-    for one in sorted(found, key=lambda one: (-one.cut, one.score)):
+    useful = [one for one in found if one.cut > 0 and math.isfinite(one.loss)]
+    for one in sorted(useful, key=lambda one: (-one.cut, one.score)):
         if not kept or (one.score < kept[-1].score and one.cut < kept[-1].cut):
             kept.append(one)
     return kept[::-1]

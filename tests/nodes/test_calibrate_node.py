@@ -6,15 +6,17 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from harness import last_run, model_of
 from tiny import CASES, sample
 
 from blockdance_core.config import ConfigError
 from blockdance_core.host import paths
-from blockdance_core.host.calibrate import Checked, letters, reaching
+from blockdance_core.host.calibrate import Checked, calibrated, letters, reaching
 from blockdance_core.host.measured import keep
 from blockdance_core.policy import PolicyError, load
 
@@ -93,6 +95,26 @@ def test_wanted_fidelity_gives_the_cheapest_that_reaches_it(calibrate: Any, meas
     assert report["levels"] == [best]
     with pytest.raises(ValueError, match=r"No schedule reaches 200 dB .* the best one reaches"):
         calibrate.execute(measured, "a", 0.0, 200.0, 0)
+
+
+def test_boundary_at_which_reuse_takes_longer_saves_nothing(calibrate: Any, folder: Path, measured: Any) -> None:
+    slow = dataclasses.replace(measured, profile=dataclasses.replace(measured.profile, costs=(1.3, 1.1)))
+    with pytest.raises(ValueError, match="No schedule of 8 steps saves"):
+        calibrate.execute(slow, "slow", 0.5, 0.0, 0)
+    assert not (folder / "slow.safetensors").exists()
+
+
+def test_schedule_whose_runs_overflow_is_not_kept(measured: Any) -> None:
+    """Half precision overflows where a forecast reaches too far: such a schedule is out, the others stay."""
+    def found(overflow: float) -> list[int]:
+        def errors(plan: Any) -> torch.Tensor:
+            return torch.tensor([1e-3 * plan.count(None), overflow if plan.count(None) < 5 else 1e-3])
+
+        check: Any = SimpleNamespace(run=lambda plan: plan, errors=errors)
+        return [one.plan.count(None) for one in calibrated(measured.profile, [check])]
+
+    assert min(found(1e-3)) < 5
+    assert min(found(float("nan"))) == 5
 
 
 def test_fidelity_is_measured_in_decibels() -> None:
