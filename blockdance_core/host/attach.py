@@ -12,7 +12,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -169,13 +169,15 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
     finally:
         guider.model_options = before
         session.close()
-        run = run_record(session, completed=completed)
-        handle.add(run, prompt_id)
-        if not handle.quiet:
-            line = summary(run)
-            log.info("%s", line)
-            notify.send("run", {"node_id": handle.node_id, "prompt_id": prompt_id, "summary": line, "run": run})
-            notify.progress_text(line, sampler_node)
+        # A device that failed fails again when it is asked for the times: the first error is the one to show.
+        with nullcontext() if completed else suppress(RuntimeError):
+            run = run_record(session, completed=completed)
+            handle.add(run, prompt_id)
+            if not handle.quiet:
+                line = summary(run)
+                log.info("%s", line)
+                notify.send("run", {"node_id": handle.node_id, "prompt_id": prompt_id, "summary": line, "run": run})
+                notify.progress_text(line, sampler_node)
 
 
 def sampler_name(sampler: Any) -> str:

@@ -27,6 +27,7 @@ from blockdance_core import visit
 from blockdance_core.host import attach as host_attach
 from blockdance_core.session import Session
 from blockdance_core.streams import NO_MEMORY, Entry, FeatureCache
+from blockdance_core.timing import Stopwatch
 from blockdance_core.visit import Visit
 
 Interrupted = model_management.InterruptProcessingException
@@ -93,6 +94,22 @@ def test_an_interrupt_during_any_step_leaves_nothing(case: Case) -> None:
             assert (run["completed"], run["evaluations"]) == (False, at + 2)
             assert run["decisions"][at + 1:] in ([d] + ["compute"] * (STEPS - at - 2) for d in ("compute", "cache"))
             assert torch.equal(sample(accelerated, case, steps=STEPS), good), at
+
+
+def test_error_of_a_device_that_cannot_tell_the_times_either_is_shown_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: Any) -> None:
+        raise RuntimeError("device lost")
+
+    def fail(*_: Any) -> None:
+        raise ValueError("what went wrong")
+
+    accelerated = accelerate(model_of(sd3))
+    good = sample(accelerated, sd3, steps=STEPS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stopwatch, "milliseconds", lost)
+        with pytest.raises(ValueError, match="what went wrong"):
+            sample(accelerated, sd3, steps=STEPS, callback=fail)
+    assert torch.equal(sample(accelerated, sd3, steps=STEPS), good)
 
 
 @cases("sd3", "flux", "hunyuan_dit")
