@@ -69,4 +69,8 @@ def gathered(own: dict[Any, Any]) -> dict[Any, Any]:
 
 def of_the_first(value: Any) -> Any:
     """What the first process has."""
-    return gathered({"": value} if rank() == 0 else {})[""]
+    if not distributed.is_initialized():
+        return value
+    held = [value if rank() == 0 else None]
+    distributed.broadcast_object_list(held)
+    return held[0]

@@ -270,7 +270,12 @@ class ImageReward(_Judge):
         """The model, on the host's device; loaded when first asked for."""
         from comfy.model_management import get_torch_device
 
-        return self._package.load("ImageReward-v1.0", device=str(get_torch_device()))
+        try:
+            return self._package.load("ImageReward-v1.0", device=str(get_torch_device()))
+        except OSError as error:
+            raise RuntimeError(
+                f"image-reward cannot load its weights, 1.8 GB that it downloads from Hugging Face when first used: {error}"
+            ) from error
 
     def judge(self, batch: Batch) -> Tensor:
         """Quality [B], 0..1."""

@@ -8,10 +8,12 @@ number of processes.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import pickle
 import time
@@ -35,6 +37,7 @@ from blockdance_core.host.rollout import Prompt, Rollouts, sigmas_of
 from blockdance_core.host.versions import versions
 from blockdance_core.policy import AdaptivePolicy, Calibrated, SchedulePolicy, load, save
 from blockdance_core.policy.adaptive import Segment, every_step, one_choice, step_at
+from blockdance_core.policy.file import require_room
 from blockdance_core.policy.network import DecisionNetwork, NetworkShape, Sight
 from blockdance_core.policy.training import Chosen, Outcome, Reading, Settings, Trainer
 from blockdance_core.report import step_medians
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
 
 _HELD = 256
 """Prompts of whose full runs the part that rollouts share is kept in memory."""
+_FEW = 4
+"""Values of each tensor of a model that tell it from others."""
 _SAVED_EVERY = 60.0
 """Seconds between checkpoints while pictures are sampled."""
 CHOICES = ("schedules", "steps")
@@ -122,6 +127,8 @@ class Pictures:
         found: dict[int, list[Reading]] = {}
         for k in mine(range(len(self.prompts))):
             full = self.rollouts_of(k).full
+            if not found:
+                self._judged(k, full.result)  # what is missing for the reward is missed now, not behind all full runs
             start, prompt = self.policy.start, self.prompts[k]
             estimates = [one for step, one in full.estimates if step < start][-2:]
             if len(estimates) < 2:
@@ -163,14 +170,22 @@ class Pictures:
     @torch.inference_mode()  # as the host runs its nodes: weights that were loaded so cannot be moved otherwise
     def _outcomes(self, k: int, chosen: Chosen) -> list[Outcome]:
         rollouts, plan = self.rollouts_of(k), self.policy.plan(chosen)
+        self._trimmed(k)
         replayed = range(max(self.policy.start - self.history, 0)) if self.share else ()
         run = rollouts.run(plan, replayed)
         self.rollouts += 1
         self.calls += sum(run.record["calls"])
-        result, full = (self._as_returned(one, self.prompts[k].latent) for one in (run.result, rollouts.full.result))
-        qualities = self.reward(result, full, self.texts[k]).tolist()
         cut = sum(1 - self.costs[row.boundary] for row in plan if row) / len(plan)
-        return [Outcome(float(quality), cut) for quality in qualities]
+        return [Outcome(quality, cut) for quality in self._judged(k, run.result)]
+
+    @torch.inference_mode()
+    def _judged(self, k: int, result: torch.Tensor) -> list[float]:
+        """What the reward says of a result of a prompt, for every sample."""
+        found, full = (self._as_returned(one, self.prompts[k].latent) for one in (result, self.rollouts_of(k).full.result))
+        qualities = [float(quality) for quality in self.reward(found, full, self.texts[k]).tolist()]
+        if not all(math.isfinite(quality) for quality in qualities):
+            raise ConfigError(f"The reward {self.reward.name} gave {qualities} for prompt {k + 1}: expected finite numbers.")
+        return qualities
 
     def _as_returned(self, result: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         """A result as the host's sampler nodes return it; of several parts (a clip with its sound), nested again."""
@@ -243,6 +258,7 @@ def designed(
     shape = NetworkShape(
         channels, 0 if embedding is None else embedding.shape[2],
         levels * sum(len(segment.options) for segment in segments), design.maps, design.width, design.depth, design.heads)
+    require_room(shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = DecisionNetwork(shape)
@@ -423,7 +439,8 @@ def train(
             work.keep_at_times()
         finished = True
     finally:
-        if not finished and world() == 1:  # of several processes the others know nothing of it: the last checkpoint counts
+        # Of several processes the others know nothing of it: the last checkpoint counts.
+        if not finished and trainer.whole and world() == 1:
             work.keep()
     return _written(work, path, about | (record or {}))
 
@@ -521,7 +538,10 @@ def _require_replaceable(path: Path) -> None:
 def _digest(
     model: ModelPatcher, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], policy: AdaptivePolicy
 ) -> str:
-    """What a training goes on with has to be the same: prompts with all that belongs to them, sizes, schedules, patches."""
+    """What a training goes on with has to be the same: prompts with all that belongs to them, sizes, schedules, the model.
+
+    Of the model and its patches a few values of each tensor count, but none of a patched weight: it may be in place or not.
+    """
     found = hashlib.sha256(repr((
         [list(some) for some in texts], policy.segments, policy.base.family, policy.base.depth, sigmas_of(model, prompts[0]),
         sorted((str(key), [patch[0] for patch in patches]) for key, patches in model.patches.items()),
@@ -529,7 +549,17 @@ def _digest(
     for prompt in prompts:
         for tensor in _tensors((prompt.latent, prompt.noise_mask, prompt.positive, prompt.negative)):
             found.update(repr(tuple(tensor.shape)).encode() + tensor.detach().float().cpu().numpy().tobytes())
+    weights = {key: value for key, value in model.model.state_dict().items() if key not in model.patches}
+    held = [[_inner(patch) for patch in model.patches[key]] for key in sorted(model.patches, key=str)]
+    for tensor in _tensors((weights, held)):
+        with contextlib.suppress(RuntimeError, TypeError):  # of a kind that gives no values, such as a packed one
+            found.update(tensor.detach().flatten()[:_FEW].float().cpu().numpy().tobytes())
     return found.hexdigest()
+
+
+def _inner(patch: Any) -> Any:
+    """What a patch of the host holds: that of an adapter, such as a LoRA, lies in an attribute."""
+    return [getattr(part, "weights", part) for part in patch] if isinstance(patch, (list, tuple)) else patch
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

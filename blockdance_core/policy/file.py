@@ -16,6 +16,7 @@ float16.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import tempfile
@@ -102,6 +103,8 @@ class _Content(NamedTuple):
         """The rows of `{prefix}.boundary` and so on."""
         boundary = self.tensors.get(f"{prefix}.boundary")
         shape = (boundary.shape[0] if boundary is not None and boundary.ndim == 2 else 0, steps)
+        if shape[0] > _MAX_ROWS:
+            raise ConfigError(f"{prefix} has more than {_MAX_ROWS} plans")
         columns = (
             self.tensor(f"{prefix}.boundary", torch.int16, shape), self.tensor(f"{prefix}.anchored", torch.uint8, shape),
             self.tensor(f"{prefix}.order", torch.uint8, shape), self.tensor(f"{prefix}.damping", torch.float32, shape),
@@ -133,15 +136,27 @@ def save(policy: SchedulePolicy | AdaptivePolicy, path: str | os.PathLike[str]) 
         }
         for j, segment in enumerate(policy.segments):
             tensors |= {f"segment.{j}.{key}": value for key, value in _rows(segment.options).items()}
-        exact = policy.network.shape.parameters <= _MOST_EXACT
         for name, value in policy.network.state_dict().items():
-            tensors[f"network.{name}"] = value.detach().cpu().to(torch.float32 if exact else torch.float16).contiguous()
+            tensors[f"network.{name}"] = value.detach().cpu().to(_dtype(policy.network.shape)).contiguous()
     data = safetensors.torch.save(tensors, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".policy-") as folder:  # on the disk that the file goes to
         written = Path(folder) / path.name
         written.write_bytes(data)
         os.replace(written, path)
+
+
+def require_room(shape: NetworkShape) -> None:
+    """Raise a `ConfigError` if a network of this shape is too large for a policy file."""
+    size = shape.parameters * _dtype(shape).itemsize
+    if size > _MAX_BYTES:
+        raise ConfigError(f"The network would take {size / 2**20:.0f} MiB, a policy file has at most {_MAX_BYTES // 2**20}: "
+                          "choose a smaller width or depth.")
+
+
+def _dtype(shape: NetworkShape) -> torch.dtype:
+    """What the weights of a network are saved in."""
+    return torch.float32 if shape.parameters <= _MOST_EXACT else torch.float16
 
 
 def load(path: str | os.PathLike[str]) -> SchedulePolicy | AdaptivePolicy:
@@ -163,7 +178,7 @@ def load(path: str | os.PathLike[str]) -> SchedulePolicy | AdaptivePolicy:
         reason = error.strerror or str(error)
     except ConfigError as error:
         reason = str(error)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
         reason = f"it is damaged, or no safetensors file ({type(error).__name__}: {str(error)[:200]})"
     raise PolicyError(f"Cannot use the policy file {path}: {reason.removesuffix('.')}.")
 
@@ -243,6 +258,8 @@ def _adaptive_policy(content: _Content) -> AdaptivePolicy:
     steps = base.entries[trained].steps
     if not starts or not all(type(start) is int and 0 <= start < steps for start in starts):
         raise ConfigError(f"segments are not steps of {steps}")
+    if any(one >= other for one, other in itertools.pairwise(starts)):
+        raise ConfigError("segments must ascend, and have a step each")
     if not all(type(cut) in (int, float) for cut in cuts):
         raise ConfigError("level_cuts are not numbers")
     shape = NetworkShape(**content.json("network", dict))

@@ -145,13 +145,15 @@ class DecisionNetwork(nn.Module):
     def read(self, sight: Sight) -> tuple[Tensor, Tensor, Tensor | None]:
         """The arguments of `forward`, float32: a few hundred numbers of each channel, however large the latent is.
 
+        The latent is pooled on the CPU: not every device can.
+
         Raises:
             ConfigError: Channels or text width are not those of the network.
         """
         text = sight.text if self.shape.text_width else None
         self.require(sight.latent.shape[1], None if text is None else text.shape[2])
         maps = (sight.latent, sight.denoised, sight.change)[: self.shape.maps]
-        cells = torch.cat([_cells(one.float()) for one in maps], 2)
+        cells = torch.cat([_cells(one.float().cpu()) for one in maps], 2).to(sight.latent.device)
         return (cells, _places(sight.latent.shape[2:]).to(cells.device),
                 None if text is None else text.to(cells.device, torch.float32))
 

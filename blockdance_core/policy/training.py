@@ -7,11 +7,12 @@ the gradient is that of the expected reward itself; and one network learns sever
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -126,6 +127,7 @@ class Trainer:
         self.training, self.held = _divided(prompts, settings)
         self.best = (-math.inf, 0, self._copy())
         self.tradeoffs = torch.tensor(settings.tradeoffs)
+        self.whole = True  # whether `state` can be taken: not in the midst of a change
         self._left: list[int] | None = None  # pictures of the pass under way
         self._drawn = self.generator.get_state()  # before anything was drawn for the next of them
 
@@ -182,20 +184,29 @@ class Trainer:
             loss = self._exact_loss(pictures) if self.all else self._sampled_loss(pictures)
             self.optimiser.zero_grad()
             loss.backward()
-            self.optimiser.step()
-            self._left, self._drawn = left, self.generator.get_state()
-        row = self._judge()
-        self._left = None
-        return row
+            with self._change():
+                self.optimiser.step()
+                self._left, self._drawn = left, self.generator.get_state()
+        return self._judge()
 
     def _judge(self) -> dict[str, Any]:
-        """A new row of the curve; the best so far is kept. Levels count alike, whatever their weight of quality."""
-        self.curve.append({"epoch": len(self.curve), **self.measured()})
-        held = torch.tensor(self.curve[-1]["held_out"])
-        score = float((held / (1 + self.tradeoffs)).mean()) if held.isfinite().all() else -math.inf
-        if score > self.best[0]:
-            self.best = (score, self.epoch, self._copy())
+        """The pass is over: a new row of the curve; the best so far is kept. Levels count alike, whatever their weight."""
+        measured = self.measured()
+        with self._change():
+            self.curve.append({"epoch": len(self.curve), **measured})
+            held = torch.tensor(self.curve[-1]["held_out"])
+            score = float((held / (1 + self.tradeoffs)).mean()) if held.isfinite().all() else -math.inf
+            if score > self.best[0]:
+                self.best = (score, self.epoch, self._copy())
+            self._left = None
         return self.curve[-1]
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[None]:
+        """What happens inside belongs together; after an interruption in its midst the state is of no use."""
+        self.whole = False
+        yield
+        self.whole = True
 
     def measured(self) -> dict[str, list[float]]:
         """Mean rewards of what is likeliest, for every level: on training and held-out pictures; and the mean cut."""

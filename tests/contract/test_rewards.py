@@ -244,6 +244,17 @@ def test_image_reward_is_the_logistic_function_of_its_score(monkeypatch: pytest.
     assert loaded == [("ImageReward-v1.0", "cpu")]
 
 
+def test_image_reward_without_its_weights_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise OSError("no network")
+
+    package = ModuleType("ImageReward")
+    package.load = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ImageReward", package)
+    with pytest.raises(RuntimeError, match=r"cannot load its weights, 1\.8 GB .*: no network"):
+        ImageReward(Decoder())(*two((2, 3, 16, 20)), ("", "yes"))
+
+
 def test_image_reward_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ImageReward", None)
     with pytest.raises(ImportError, match=r"pip install image-reward git\+https://github\.com/openai/CLIP\.git"):

@@ -420,6 +420,82 @@ def test_any_checkpoint_written_on_the_way_will_do(
         assert_same_file(other, whole[design])
 
 
+def test_training_that_is_broken_off_between_two_lines_goes_on_exactly(
+    whole: dict[Design, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes anywhere: here, when the weights have changed and the pictures are not yet crossed off."""
+    path, update, left = tmp_path / "a.safetensors", torch.optim.AdamW.step, 2
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        done = update(*args, **kwargs)
+        if not left:
+            raise KeyboardInterrupt
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            trained(path)
+    trained(path)
+    assert_same_file(path, whole[EXACT])
+
+
+def test_resumed_training_keeps_no_more_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+
+    class Watched(Pictures):
+        def _outcomes(self, *args: Any) -> Any:
+            found = super()._outcomes(*args)
+            full = [run.full for run in self._full.values()]
+            held.append(sum(len(one.entered) + len(one.estimates) + sum(map(len, one.predicted)) for one in full) // len(full))
+            return found
+
+    monkeypatch.setattr(training, "Pictures", Watched)
+    trained(tmp_path / "whole.safetensors")
+    usual = held[-1]
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(Stopped):
+        trained(path, progress=Stop("pictures", 1))
+    trained(path)
+    assert held[-1] == usual
+
+
+def test_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
+    """Stopped, another checkpoint chosen in the loader, queued again: outcomes of two models must not be mixed."""
+    path, weights = tmp_path / "a.safetensors", list(model_of(CASE).model.diffusion_model.parameters())
+    with pytest.raises(Stopped):
+        trained(path, progress=Stop("pictures", 1))
+    with torch.no_grad():
+        weights[-1].mul_(2)
+        try:
+            with pytest.raises(ConfigError, match="is of another training"):
+                trained(path)
+        finally:
+            weights[-1].div_(2)
+    trained(path)
+
+
+def test_reward_that_gives_no_number_is_named_before_anything_is_sampled_in_vain(tmp_path: Path) -> None:
+    class Broken:
+        name, reads = "broken", False
+
+        def __call__(self, results: Tensor, full: Tensor, texts: Sequence[str]) -> Tensor:
+            return torch.full((len(texts),), torch.nan)
+
+    reports: list[Any] = []
+    with pytest.raises(ConfigError, match=r"The reward broken gave \[nan, nan\] for prompt 1: expected finite numbers"):
+        trained(tmp_path / "a.safetensors", reward=Broken(), progress=lambda *report: reports.append(report))
+    assert not reports
+    assert not os.listdir(tmp_path)
+
+
+def test_network_too_large_for_a_file_is_refused_before_anything_is_sampled(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a policy file has at most 256: choose a smaller width or depth"):
+        trained(tmp_path / "a.safetensors", dataclasses.replace(EXACT, width=4096, depth=8), settings=BRIEF, prompts=prompts(4))
+
+
 @pytest.mark.parametrize("changes", [
     {"settings": dataclasses.replace(BRIEF, rate=1e-2)}, {"design": dataclasses.replace(EXACT, width=16)},
     {"prompts": [dataclasses.replace(one, seed=one.seed + 1) for one in prompts()]}, {"prompts": prompts(3)},

@@ -224,7 +224,8 @@ def _rewritten(path: Path, metadata: dict[str, str | None], tensors: dict[str, t
 @pytest.mark.parametrize(("metadata", "tensors", "message"), [
     ({"trained": "7"}, {}, "trained is 7"), ({"trained": None}, {}, "no trained"),
     ({"segments": "[8.5]"}, {}, "segments are not"), ({"segments": "[]"}, {}, "segments are not"),
-    ({"segments": "[9, 4]"}, {}, "expected"), ({"level_cuts": '["a"]'}, {}, "level_cuts"),
+    ({"segments": "[9, 4]"}, {}, "must ascend"), ({"segments": "[8, 8]"}, {}, "must ascend"),
+    ({"level_cuts": '["a"]'}, {}, "level_cuts"), ({}, {"segment.0.boundary": torch.zeros(2**40, 0).short()}, "more than"),
     ({"level_cuts": "[0.9, 0.1]"}, {}, "ascend"), ({"level_cuts": "[NaN, 0.1]"}, {}, "ascend"),
     ({"network": '{"width": 1e9}'}, {}, "damaged|whole number"), ({"network": '{"os": 1}'}, {}, "damaged"),
     ({"network": json.dumps({"channels": 4, "text_width": 6, "outputs": 6, "width": 4096, "depth": 64, "heads": 2})}, {},
