@@ -75,7 +75,7 @@ class Design:
     """
 
     choices: str = "schedules"
-    start: float = 0.2
+    start: float = 0.1
     boundaries: tuple[int, ...] = ()
     forecast: str = "taylor"
     maps: int = 3

@@ -331,7 +331,8 @@ def _adaptive(data: dict[str, Any]) -> Iterator[str]:
         "have found better ones, see the tables above. *One for all* is the "
         "same with the schedules that the network chooses from, which compute all steps before it looks; which of them are "
         "best was seen on these captions, to its favour. SSIM to the full run (data range 1); differences are paired, with "
-        "95 % intervals of a bootstrap over prompts."
+        "95 % intervals of a bootstrap over prompts. What the parts of the training are worth: "
+        "[training-a-policy.md](training-a-policy.md#7-schedules-steps-and-the-method-as-published)."
     )
     yield ""
     for name, found in sorted(data["adaptive"].items()):
