@@ -66,7 +66,7 @@ def test_a_small_training_is_stopped_resumed_and_told(
     record = policy.record
     base = load(POLICIES / "sd3-mini.safetensors")
     assert policy.base.entries == base.entries
-    assert (policy.entry.steps, policy.start, len(policy.cuts)) == (20, 4, 2)
+    assert (policy.entry.steps, policy.start, len(policy.cuts)) == (20, 2, 2)
     assert record["costs"] == dict.fromkeys(record["costs"], 0.4), "as before the interruption"
     assert (record["model"], record["split"], record["captions"], record["pictures"]) == ("sd3-mini", "train", 4, 4)
     assert record["command"].startswith("python dev.py train-policy --steps 20 --prompts 4")
