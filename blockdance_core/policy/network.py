@@ -145,7 +145,7 @@ class DecisionNetwork(nn.Module):
     def read(self, sight: Sight) -> tuple[Tensor, Tensor, Tensor | None]:
         """The arguments of `forward`, float32: a few hundred numbers of each channel, however large the latent is.
 
-        The latent is pooled on the CPU: not every device can.
+        A latent on an Apple GPU, which has no such operation, is pooled on the CPU.
 
         Raises:
             ConfigError: Channels or text width are not those of the network.
@@ -153,7 +153,8 @@ class DecisionNetwork(nn.Module):
         text = sight.text if self.shape.text_width else None
         self.require(sight.latent.shape[1], None if text is None else text.shape[2])
         maps = (sight.latent, sight.denoised, sight.change)[: self.shape.maps]
-        cells = torch.cat([_cells(one.float().cpu()) for one in maps], 2).to(sight.latent.device)
+        pooled_on = "cpu" if sight.latent.device.type == "mps" else sight.latent.device
+        cells = torch.cat([_cells(one.to(pooled_on, torch.float32)) for one in maps], 2).to(sight.latent.device)
         return (cells, _places(sight.latent.shape[2:]).to(cells.device),
                 None if text is None else text.to(cells.device, torch.float32))
 
