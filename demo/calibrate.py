@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from demo.architectures import ARCHITECTURES
-from demo.bench.runner import prompts as mixed_captions
+from demo.bench.runner import batches
 from demo.hosting import launcher
-from demo.loader import MODELS, empty_latent, load_demo
+from demo.loader import MODELS, load_demo
 
 BATCH = 4
 POLICIES = Path(__file__).parent / "policies"
@@ -92,10 +92,10 @@ def calibrate(demo: Any, options: argparse.Namespace, steps: int, out: Path, com
         return
     beside = out.with_name(f"{out.name}.{options.sampler}-{steps}.npz")
     profile, done, cost = _resumed(beside, settings)
-    batches = _prompts(demo, options, steps, "profile")
-    for number, prompt in enumerate(batches[done:], done + 1):
+    prompts = _prompts(demo, options, steps, "profile")
+    for number, prompt in enumerate(prompts[done:], done + 1):
         begun = time.perf_counter()
-        with _bar(f"{title}: profile {number} of {len(batches)}") as progress:
+        with _bar(f"{title}: profile {number} of {len(prompts)}") as progress:
             one, rollouts = profiled(
                 demo.model, [prompt], settings["boundaries"], progress, None if profile is None else profile.grams)
         profile = one if profile is None else merged([profile, one])
@@ -133,17 +133,9 @@ def lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _prompts(demo: Any, options: argparse.Namespace, steps: int, part: str) -> list[Any]:
     """Prompts to profile or to check on, in batches."""
-    from blockdance_core.host.rollout import Prompt
-
     first = _SEEDS[part] + 1000 * options.seed
     count = options.prompts if part == "profile" else options.checks
-    captions = mixed_captions(options.model, "train", count, first)
-    batches = [captions[start : start + BATCH] for start in range(0, count, BATCH)]
-    return [
-        Prompt(demo.encode(batch), demo.encode([""]), empty_latent(demo.model, len(batch)), first + number, steps, options.cfg,
-               options.sampler, options.scheduler)
-        for number, batch in enumerate(batches)
-    ]
+    return batches(demo, options, "train", count, BATCH, steps, first, first)[0]
 
 
 def _resumed(path: Path, settings: dict[str, Any]) -> tuple[Any, int, dict[str, float]]:

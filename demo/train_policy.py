@@ -18,10 +18,10 @@ import torch
 from blockdance_core.host import processes
 from blockdance_core.host import train_policy as command
 from demo.architectures import ARCHITECTURES
-from demo.bench.runner import prompts as mixed_captions
+from demo.bench.runner import batches
 from demo.calibrate import POLICIES
 from demo.hosting import launcher
-from demo.loader import MODELS, empty_latent, load_demo
+from demo.loader import MODELS, load_demo
 
 _SEED = 3_000_000
 """Noise of neither the calibration nor the benchmark."""
@@ -65,7 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(options: argparse.Namespace, line: str) -> dict[str, Any] | None:
     from blockdance_core.host.calibrate import depth_of
     from blockdance_core.host.rewards import by_name
-    from blockdance_core.host.rollout import Prompt
     from blockdance_core.host.training import train
     from blockdance_core.policy import SchedulePolicy, load
 
@@ -75,18 +74,12 @@ def _train(options: argparse.Namespace, line: str) -> dict[str, Any] | None:
         raise SystemExit(f"{options.policy} is an adaptive policy itself: give a calibrated one.")
     design, settings = command.chosen(options, depth_of(demo.model))
     first = _SEED + 1000 * options.seed
-    captions = mixed_captions(options.model, "train", options.prompts, first)
-    texts = [captions[start : start + options.batch] for start in range(0, len(captions), options.batch)]
-    prompts = [
-        Prompt(demo.encode(batch), demo.encode([""]), empty_latent(demo.model, len(batch)), first + k, options.steps,
-               options.cfg, options.sampler, options.scheduler)
-        for k, batch in enumerate(texts)
-    ]
+    prompts, texts = batches(demo, options, "train", options.prompts, options.batch, options.steps, first, first)
     out = options.out or POLICIES / f"{options.model}-ada.safetensors"
     with command.console() as progress:
         _, record = train(
             demo.model, prompts, out, base, design, settings, by_name(options.reward, demo.vae), texts,
-            record={"model": options.model, "split": "train", "captions": len(captions), "noise": first, "command": line},
+            record={"model": options.model, "split": "train", "captions": options.prompts, "noise": first, "command": line},
             progress=progress)
     return None if processes.rank() else record
 

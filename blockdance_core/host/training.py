@@ -87,7 +87,7 @@ class Design:
 
 PUBLISHED = (
     Design(choices="steps", start=0.4, forecast="hold", maps=1, width=1472, depth=3, heads=23),
-    Settings(tradeoffs=(2.0,), epochs=100, patience=100, rate=1e-5, baseline=False),
+    Settings(tradeoffs=(2.0,), epochs=100, patience=100, rate=1e-5, baseline=False, exact=False),
 )
 """The method as published (section 3): cache or reuse for every step, three blocks and an MLP of 0.08 B parameters."""
 
@@ -123,7 +123,7 @@ class Pictures:
         self.history = max(features, default=1)  # steps before the decision that a reuse may look back on
 
     def readings(self, network: DecisionNetwork, done: Callable[[], None]) -> list[Reading]:
-        """What the network reads of every picture."""
+        """What the network reads of every picture, without its text, see `with_texts`."""
         found: dict[int, list[Reading]] = {}
         for k in mine(range(len(self.prompts))):
             full = self.rollouts_of(k).full
@@ -136,15 +136,24 @@ class Pictures:
                                   "where the network looks: choose a larger start, or another sampler.")
             before, last = estimates
             latent = full.entered[start]
-            entries = [{"cross_attn": embedding, **more} for embedding, more in prompt.positive]
-            sight = Sight(latent, last, last - before, text({"positive": entries}, latent.shape[0]))
-            cells, places, words = network.read(sight)
-            found[k] = [Reading(cells[row].clone(), places, None if words is None else words[row].cpu().clone())
-                        for row in range(len(cells))]
+            cells, places, _ = network.read(Sight(latent, last, last - before, _text(prompt, latent.shape[0])))
+            found[k] = [Reading(row.clone(), places, None) for row in cells]
             self._trimmed(k)
             done()
         whole = gathered(found)
         return [whole[k][row] for k, row in self.of]
+
+    def with_texts(self, readings: Sequence[Reading]) -> list[Reading]:
+        """The same with the text of every picture. Embeddings are large, so they come from the prompts whenever needed."""
+        if not self.policy.network.shape.text_width:
+            return list(readings)
+        texts = [_text(prompt, prompt.latent.shape[0]) for prompt in self.prompts]
+        found = []
+        for reading, (k, row) in zip(readings, self.of, strict=True):
+            words = texts[k]
+            assert words is not None  # the width is that of the first prompt's, and `read` has seen them all
+            found.append(reading._replace(text=words[row].to("cpu", torch.float32)))
+        return found
 
     def ask(
         self, pairs: Sequence[tuple[int, Chosen]], done: Callable[[dict[tuple[int, Chosen], Outcome]], None]
@@ -212,6 +221,11 @@ class Pictures:
         while len(self._full) > _HELD:
             self._full.popitem(last=False)
         return self._full[k]
+
+
+def _text(prompt: Prompt, rows: int) -> torch.Tensor | None:
+    """What a prompt says, as a run of it would have it."""
+    return text({"positive": [{"cross_attn": embedding, **more} for embedding, more in prompt.positive]}, rows)
 
 
 def designed(
@@ -424,7 +438,7 @@ def train(
     pictures = Pictures(
         model, prompts, texts, policy, reward, {boundary: costs[boundary] for boundary in boundaries}, design.share)
     if before is not None:
-        readings = [Reading(*reading) for reading in before["readings"]]
+        readings = [Reading(cells, places, None) for cells, places in before["readings"]]
     else:
         looked = itertools.count(1)
         readings = pictures.readings(policy.network, lambda: progress("full runs", next(looked), len(prompts), []))
@@ -461,7 +475,8 @@ class _Work:
         self._readings, self._about, self._progress = readings, about, progress
         self._spent: dict[str, float] = dict(before["spent"]) if before else {}
         self._begun = self._saved = time.perf_counter()
-        self.trainer = Trainer(pictures.policy, readings, [prompt for prompt, _ in pictures.of], self._ask, settings)
+        self.trainer = Trainer(
+            pictures.policy, pictures.with_texts(readings), [prompt for prompt, _ in pictures.of], self._ask, settings)
         if before is None:
             self.keep()
         elif before["trainer"]["curve"]:
@@ -486,7 +501,7 @@ class _Work:
         torch.save({
             "about": json.dumps(self._about), "spent": spent, "trainer": self.trainer.state(),
             "costs": {str(key): value for key, value in self.pictures.costs.items()},
-            "readings": [list(reading) for reading in self._readings],
+            "readings": [[reading.cells, reading.places] for reading in self._readings],
         }, written)
         os.replace(written, self.checkpoint)
 

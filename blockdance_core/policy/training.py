@@ -22,7 +22,7 @@ from blockdance_core.policy.adaptive import AdaptivePolicy
 from blockdance_core.policy.network import DecisionNetwork
 
 ENUMERATED = 64
-"""With at most so many choices in all, every one of them is tried on every picture."""
+"""With at most so many choices in all, every one of them can be tried on every picture."""
 _BIAS = 2.0
 """Head start in the logits of what is best for all pictures alike, where choices are drawn."""
 _HINT = 0.1
@@ -69,6 +69,7 @@ class Settings:
         rate: Learning rate.
         held_out: Share of the prompts that are held out, for the stop and for choosing the best pass.
         baseline: Whether the mean reward of a group is subtracted (published: no).
+        exact: Whether all choices are tried where they are few, and the gradient is exact (published: no).
         seed: Of everything that is drawn.
     """
 
@@ -80,6 +81,7 @@ class Settings:
     rate: float = 1e-3
     held_out: float = 0.25
     baseline: bool = True
+    exact: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -119,7 +121,8 @@ class Trainer:
         self._ask = ask
         self.network: DecisionNetwork = policy.network.train().requires_grad_(True)
         self.sizes = [len(segment.options) for segment in policy.segments]
-        self.all = list(itertools.product(*map(range, self.sizes))) if math.prod(self.sizes) <= ENUMERATED else []
+        few = settings.exact and math.prod(self.sizes) <= ENUMERATED
+        self.all = list(itertools.product(*map(range, self.sizes))) if few else []
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=settings.rate, weight_decay=0.01)
         self.known: dict[tuple[int, Chosen], Outcome] = {}

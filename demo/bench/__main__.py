@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from demo.architectures import ARCHITECTURES
-from demo.bench import adaptive, latency, methods, page, real_size, runner
+from demo.bench import ablation, adaptive, latency, methods, page, real_size, runner
 from demo.hosting import launcher
 from demo.loader import MODELS
 
@@ -49,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--tokens-scale", type=float, default=1.0, help="of the picture's side, for --real-size")
     top.add_argument("--layers-scale", type=float, default=1.0, help="of the depth, for --real-size")
     top.add_argument("--adaptive", action="store_true", help="the models' adaptive policies against their static schedules")
-    top.add_argument("--policy", type=Path, metavar="PATH", help="for --adaptive, in place of the model's own")
+    top.add_argument("--ablation", action="store_true", help="what the parts of the training of such policies are worth")
+    top.add_argument("--train", type=int, default=96, help="captions to train on, for --ablation (default %(default)s)")
+    top.add_argument("--policy", type=Path, metavar="PATH", help="for --adaptive and --ablation, in place of the model's own")
     top.add_argument("--report", action="store_true", help="write docs/benchmarks.md from docs/benchmarks.json")
     top.set_defaults(scale=1.0)
     return top
@@ -76,13 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.latency:
         return _swept("latency", latency, about, options, _models(options), lambda options, name: latency.measure(
             _fitted(options, name, (options.steps or [None])[0]), name))
-    if options.adaptive:
+    if options.adaptive or options.ablation:
+        kind, part = ("adaptive", adaptive) if options.adaptive else ("ablation", ablation)
         if options.steps:
-            raise SystemExit("--adaptive runs as many steps as the policy was trained for: leave out --steps.")
-        found = {"adaptive": {}}
+            raise SystemExit(f"--{kind} runs as many steps as the policy was trained for: leave out --steps.")
+        found = {kind: {}}
         for name in _models(options):
-            found["adaptive"][name] = about | adaptive.measure(_fitted(options, name), name)
-            print(adaptive.table(found["adaptive"][name]))
+            found[kind][name] = about | part.measure(_fitted(options, name), name)
+            print(part.table(found[kind][name]))
     else:
         found = {**about, "models": {}, "points": []}
         for name in _models(options):

@@ -30,9 +30,8 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     policy = load(options.policy or methods.POLICIES / f"{name}-ada.safetensors")
     assert isinstance(policy, AdaptivePolicy)
     demo = load_demo(name)
-    texts = runner.prompts(name, options.split, options.prompts, options.seed, "mixed")
-    hard = np.array([k % 2 == 1 for k in range(len(texts))])
-    bench = _Sampled(demo, policy, options, texts)
+    hard = np.array([k % 2 == 1 for k in range(options.prompts)])
+    bench = _Sampled(demo, policy, options)
     plans = list(dict.fromkeys((*(policy.plan(one) for one in bench.chosen), *policy.entry.plans)))
     similarity, cuts = bench.sampled(plans)  # [plans, pictures], [plans]
     index = {plan: k for k, plan in enumerate(plans)}
@@ -42,7 +41,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     rows = []
     for level, weight in enumerate(policy.record["tradeoffs"]):
         picked = np.array([index[policy.plan(policy.likeliest(row[level]))] for row in bench.logits])
-        cut, own = cuts[picked], similarity[picked, np.arange(len(texts))]
+        cut, own = cuts[picked], similarity[picked, np.arange(options.prompts)]
         other = _static(static, similarity, float(cut.mean()))
         same = _static(single, similarity, float(cut.mean()))
         rows.append({
@@ -58,7 +57,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     decided, full = bench.overhead(alone)
     cost = policy.record["cost"]
     return {
-        "model": name, "steps": policy.entry.steps, "sampler": options.sampler, "n": len(texts), "split": options.split,
+        "model": name, "steps": policy.entry.steps, "sampler": options.sampler, "n": options.prompts, "split": options.split,
         "seed": options.seed, "start": policy.start, "options": policy.choices, "parameters": policy.network.shape.parameters,
         "decision_ms": decided, "full_ms": full, "training": {
             "pictures": policy.record["pictures"], "reward": policy.record["reward"], "rollouts": cost["rollouts"],
@@ -70,20 +69,14 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
 class _Sampled:
     """Test captions, the full runs and what the network says of them."""
 
-    def __init__(self, demo: Any, policy: Any, options: argparse.Namespace, texts: Sequence[str]) -> None:
+    def __init__(self, demo: Any, policy: Any, options: argparse.Namespace) -> None:
         from blockdance_core.host.rewards import Similarity
-        from blockdance_core.host.rollout import Prompt
         from blockdance_core.host.training import Pictures, candidates
-        from demo.loader import empty_latent
 
-        batches = [texts[start : start + options.batch] for start in range(0, len(texts), options.batch)]
-        prompts = [
-            Prompt(demo.encode(batch), demo.encode([""]), empty_latent(demo.model, len(batch)), 1000 * options.seed + number,
-                   policy.entry.steps, options.cfg, options.sampler, options.scheduler)
-            for number, batch in enumerate(batches)
-        ]
+        prompts, batches = runner.batches(demo, options, options.split, options.prompts, options.batch, policy.entry.steps,
+                                          options.seed, 1000 * options.seed)
         pictures = Pictures(demo.model, prompts, batches, policy, Similarity(demo.vae), {}, False)
-        readings = pictures.readings(policy.network, lambda: None)
+        readings = pictures.with_texts(pictures.readings(policy.network, lambda: None))
         with torch.no_grad():
             rows = [policy.network(one.cells[None], one.places, one.text[None]) for one in readings]
         self.logits = torch.cat(rows).reshape(len(rows), len(policy.cuts), -1)

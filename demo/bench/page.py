@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from demo.architectures import ARCHITECTURES
-from demo.bench import adaptive, latency, methods, real_size
+from demo.bench import ablation, adaptive, latency, methods, real_size
 from demo.bench.figures import GOALS, PSNR_CAP, Duel, duel
 
 if TYPE_CHECKING:
@@ -41,13 +41,12 @@ def save(path: Path, found: dict[str, Any]) -> None:
     """Add to a file of figures: what it holds of other models, methods and places of a sweep stays; one point a line."""
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     points = {key(point): point for point in (*data.get("points", ()), *found.get("points", ()))}
-    models = data.get("models", {}) | found.get("models", {})
-    adaptive = data.get("adaptive", {}) | found.get("adaptive", {})
+    of_models = {name: data.get(name, {}) | found.get(name, {}) for name in ("models", "adaptive", "ablation")}
     for name, sweep in SWEEPS.items():
         rows = [*data.get(name, {}).get("rows", ()), *found.get(name, {}).get("rows", ())]
         if rows:
             found = found | {name: {"rows": list({tuple(row[part] for part in sweep.KEY): row for row in rows}.values())}}
-    data |= {**found, "models": models, "adaptive": adaptive, "points": list(points.values())}
+    data |= {**found, **of_models, "points": list(points.values())}
     head = json.dumps({name: value for name, value in data.items() if name != "points"}, indent=1, allow_nan=False)
     lines = ",\n".join(json.dumps(point, allow_nan=False) for point in data["points"])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +142,7 @@ def render(data: dict[str, Any], policies: Mapping[str, SchedulePolicy]) -> str:
         "# Benchmarks", "", f"Made by `{UPDATE}` from [benchmarks.json](benchmarks.json).", "",
         *_method(data), *_goals(data), *_summary(data),
         *(line for group in groups(data) for line in _section(group)),
-        *_tails(policies), *_adaptive(data), *_sweeps(data), *_missing(data),
+        *_tails(policies), *_adaptive(data), *_ablation(data), *_sweeps(data), *_missing(data),
     ])
 
 
@@ -327,12 +326,10 @@ def _adaptive(data: dict[str, Any]) -> Iterator[str]:
     yield from ("## Policies that look at the picture", "")
     yield (
         "After a few steps a network decides for each picture which of the calibrated schedules in its file it follows. "
-        "*Static* is that of the same cut for all pictures, or, between two of them, one drawn by lot; a later calibration may "
-        "have found better ones, see the tables above. *One for all* is the "
+        "*Static* is that of the same cut for all pictures, or, between two of them, one drawn by lot. *One for all* is the "
         "same with the schedules that the network chooses from, which compute all steps before it looks; which of them are "
         "best was seen on these captions, to its favour. SSIM to the full run (data range 1); differences are paired, with "
-        "95 % intervals of a bootstrap over prompts. What the parts of the training are worth: "
-        "[training-a-policy.md](training-a-policy.md#7-schedules-steps-and-the-method-as-published)."
+        "95 % intervals of a bootstrap over prompts."
     )
     yield ""
     for name, found in sorted(data["adaptive"].items()):
@@ -353,6 +350,32 @@ def _adaptive(data: dict[str, Any]) -> Iterator[str]:
                                 ("than one for all", "alike_interval"))
         )
         yield from ("", adaptive.table(found), "", f"Of {len(rows)} levels, by intervals that leave out 0: {counts}.", "")
+
+
+def _ablation(data: dict[str, Any]) -> Iterator[str]:
+    if not data.get("ablation"):
+        return
+    yield from ("### What the parts of their training are worth", "")
+    yield (
+        "The same training with one part changed: the reward (cut + lambda SSIM) / (1 + lambda) earned on test captions, "
+        "mean over the levels and seeds, and the difference to the training as shipped, paired by picture, with 95 % intervals "
+        "of a bootstrap over prompts. All networks learn from the same outcomes, sampled once."
+    )
+    yield ""
+    for name, found in sorted(data["ablation"].items()):
+        yield (
+            f"**{name}**, {found['steps']} steps of {found['sampler']}: {found['n']} {found['split']} captions, seed "
+            f"{found['seed']}; {found['pictures']} pictures to train on, a quarter of them held out, {found['seeds']} seeds. "
+            f"Measured by `{found['command']}`."
+        )
+        yield from ("", ablation.table(found), "")
+        yield (
+            "Sharing the steps before the decision changes no outcome. Of one batch, all options, in calls of the model: "
+            + "; ".join(f"rho = {row['start']:g}: {row['shared_calls']} in place of {row['alone_calls']} "
+                        f"({row['shared_seconds']:.1f} s in place of {row['alone_seconds']:.1f})" for row in found["sharing"])
+            + f". The largest difference of an SSIM is {max(row['apart'] for row in found['sharing']):.1g}."
+        )
+        yield ""
 
 
 def _sweeps(data: dict[str, Any]) -> Iterator[str]:

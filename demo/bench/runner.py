@@ -16,7 +16,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from demo.architectures import ARCHITECTURES
 from demo.bench.figures import PSNR_CAP, bootstrap, worst_tenth
 from demo.bench.methods import Setting
+
+if TYPE_CHECKING:
+    from blockdance_core.host.rollout import Prompt
 
 KEY = "blockdance_bench"
 CONDITIONS = ("scheduler", "cfg", "split", "difficulty", "seed", "batch")
@@ -204,6 +207,33 @@ def prompts(name: str, split: str, count: int, seed: int, difficulty: str = "mix
         return captions(name, split, count, seed, difficulty)
     easy, hard = (captions(name, split, (count + 1) // 2, seed, one) for one in ("easy", "hard"))
     return [text for pair in zip(easy, hard, strict=True) for text in pair][:count]
+
+
+def batches(
+    demo: Any, options: argparse.Namespace, split: str, count: int, batch: int, steps: int, seed: int, noise: int
+) -> tuple[list[Prompt], list[list[str]]]:
+    """Mixed captions in batches, as `Rollouts` sample them, and what they say.
+
+    Args:
+        demo: The demo model.
+        options: ``sampler``, ``scheduler`` and ``cfg``.
+        split: Where the captions come from.
+        count: How many.
+        batch: How many are sampled together.
+        steps: Number of steps.
+        seed: Of the captions.
+        noise: Seed of the first batch, one more for each of the others.
+    """
+    from blockdance_core.host.rollout import Prompt
+    from demo.loader import empty_latent
+
+    captions = prompts(demo.name, split, count, seed)
+    texts = [captions[start : start + batch] for start in range(0, count, batch)]
+    return [
+        Prompt(demo.encode(some), demo.encode([""]), empty_latent(demo.model, len(some)), noise + k, steps, options.cfg,
+               options.sampler, options.scheduler)
+        for k, some in enumerate(texts)
+    ], texts
 
 
 def cuts(runs: Sequence[Run], full: Sequence[Run], shares: Sequence[float]) -> dict[str, float]:

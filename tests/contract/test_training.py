@@ -245,7 +245,7 @@ def test_network_reads_several_texts_of_different_length_as_in_a_run(monkeypatch
 def check_readings(case: Case, like: Sequence[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
     policy = designed(model_of(case), like[0], None, EXACT, 2)
     pictures = Pictures(model_of(case), like, [["", ""]] * len(like), policy, Fidelity(), COSTS, True)
-    readings = pictures.readings(policy.network, lambda: None)
+    readings = pictures.with_texts(pictures.readings(policy.network, lambda: None))
     shown: list[Any] = []
 
     def decide(sight: Any) -> Tensor:
@@ -525,6 +525,21 @@ def test_damaged_checkpoint_is_refused_and_stays(share: float, tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"Cannot go on from .*\.safetensors\.training: it is damaged .* Remove it, or"):
         trained(path)
     assert checkpoint.read_bytes() == data
+
+
+def test_checkpoint_does_not_grow_with_the_length_of_texts(tmp_path: Path) -> None:
+    """A thousand long prompts would be gigabytes, written anew every minute."""
+    sizes = []
+    for words in (2, 2000):
+        like = prompts(4)
+        for k, one in enumerate(like):
+            positive = [[text[:, :1].expand(-1, words, -1).clone(), more] for text, more in one.positive]
+            like[k] = dataclasses.replace(one, positive=positive)
+        path = tmp_path / f"{words}.safetensors"
+        with pytest.raises(Stopped):
+            trained(path, prompts=like, progress=Stop("pictures", 1))
+        sizes.append(path.with_name(f"{words}.safetensors.training").stat().st_size)
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
 
 
 def test_checkpoint_holds_no_code(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from blockdance_core import policy
+from blockdance_core.host import training
 from blockdance_core.schedule import follow
 from demo import loader
 from demo.bench import __main__ as program
-from demo.bench import adaptive, figures, latency, methods, page, real_size, rivals, runner
+from demo.bench import ablation, adaptive, figures, latency, methods, page, real_size, rivals, runner
 
 
 def _letters(plan) -> str:
@@ -393,6 +395,63 @@ def test_page_says_what_looking_at_the_picture_brings() -> None:
             "+0.0030 (-0.0010 to +0.0070) | 0.9700 | 0.9400 | +0.0300 (+0.0100 to +0.0500) |") in text
     assert "than static better at 1, worse at 0; in the worst tenth better at 1, worse at 0; than one for all" in text
     assert "look at the picture" not in page.render(_data(), {})
+
+
+def test_adaptive_policies_choose_from_the_schedules_that_are_shipped_beside_them() -> None:
+    for name, base in page.policies().items():
+        own = policy.load(methods.POLICIES / f"{name}-ada.safetensors")
+        assert own.entry in base.entries, f"{name} was calibrated anew, its adaptive policy is of the old schedules"
+
+
+def test_page_says_what_the_parts_of_the_training_are_worth() -> None:
+    row = {"part": "as shipped", "variant": "all", "reward": 0.95, "cut": 0.6, "ssim": 0.99}
+    row |= {"gain": 0.0, "gain_interval": (0, 0)}
+    other = row | {"part": "rho", "variant": "0.4", "reward": 0.94, "gain": -0.01, "gain_interval": (-0.02, -0.005)}
+    found = {
+        "model": "some", "steps": 30, "sampler": "euler", "n": 48, "split": "test", "seed": 0, "pictures": 96, "seeds": 3,
+        "command": "python dev.py bench --ablation", "rows": [row, other], "sharing": [{
+            "start": 0.4, "rollouts": 21, "shared_calls": 400, "alone_calls": 600, "shared_seconds": 4.0, "alone_seconds": 6.0,
+            "apart": 2e-7}]}
+    text = page.render(_data() | {"ablation": {"some": found}}, {})
+    assert "48 test captions, seed 0; 96 pictures to train on, a quarter of them held out, 3 seeds" in text
+    assert "| as shipped | all | 0.9500 | 60.0% | 0.9900 | - |" in text
+    assert "| rho | 0.4 | 0.9400 | 60.0% | 0.9900 | -0.0100 (-0.0200 to -0.0050) |" in text
+    assert "rho = 0.4: 400 in place of 600 (4.0 s in place of 6.0). The largest difference of an SSIM is 2e-07." in text
+    assert "parts of their training" not in page.render(_data(), {})
+
+
+def test_ablation_trains_on_outcomes_that_were_sampled_once(monkeypatch, tmp_path, caplog) -> None:
+    """With few schedules, of which the tail's are the same with a smaller boundary."""
+    caplog.set_level(logging.WARNING)  # the program sets the root's level; this puts it back
+
+    def few(entry, start):
+        options = [plan for plan in dict.fromkeys(plan[start:] for plan in ((None,) * entry.steps, *entry.plans))
+                   if sum(map(bool, plan)) in (0, 14, 20)]
+        return (training.Segment(start, tuple(options)),)
+
+    def tail(name, shipped, threads):
+        return dataclasses.replace(shipped.entry, plans=tuple(
+            tuple(row and dataclasses.replace(row, boundary=11) for row in plan) for plan in shipped.entry.plans))
+
+    variants = (ablation.VARIANTS[0], *(one for one in ablation.VARIANTS[1:] if one.settings or one.tail or not one.text))
+    for name, value in (("VARIANTS", variants), ("SEEDS", 1), ("_with_tail", tail)):
+        monkeypatch.setattr(ablation, name, value)
+    monkeypatch.setattr(training, "one_choice", few)
+    sampled = []
+    real = training.Pictures._outcomes
+    monkeypatch.setattr(training.Pictures, "_outcomes", lambda self, k, chosen: sampled.append(k) or real(self, k, chosen))
+    target = tmp_path / "figures.json"
+    sizes = ["--prompts", "2", "--train", "4", "--batch", "2", "--threads", "1"]
+    assert program.main(["--ablation", *sizes, "--json", str(target)]) == 0
+    found = json.loads(target.read_text(encoding="utf-8"))["ablation"]["sd3-mini"]
+    assert [row["part"] for row in found["rows"]] == ["as shipped", "sight", "gradient", "baseline", "boundary", "sight"]
+    assert found["rows"][0]["gain"] == 0
+    assert all(0 < row["cut"] < row["reward"] < row["ssim"] <= 1 for row in found["rows"])
+    (shared,) = found["sharing"]
+    assert shared["apart"] < 1e-4
+    assert shared["shared_calls"] == shared["alone_calls"], "three recorded steps are needed, there are three before"
+    options = shared["rollouts"]  # those of the tail as many again, but for computing everything
+    assert len(sampled) == 3 * (2 * options - 1) + 2 * options, "two batches to train on and one to test, then the sharing"
 
 
 def test_only_schedules_that_none_of_the_others_beats_count_as_one_for_all() -> None:
