@@ -236,5 +236,6 @@ def table(found: dict[str, Any]) -> str:
     for row in found["rows"]:
         low, high = row["gain_interval"]
         gain = "-" if row is found["rows"][0] else f"{row['gain']:+.4f} ({low:+.4f} to {high:+.4f})"
-        lines.append(f"| {row['part']} | {row['variant']} | {row['reward']:.4f} | {row['cut']:.1%} | {row['ssim']:.4f} | {gain} |")
+        figures = f"{row['reward']:.4f} | {row['cut']:.1%} | {row['ssim']:.4f}"
+        lines.append(f"| {row['part']} | {row['variant']} | {figures} | {gain} |")
     return "\n".join(lines)
