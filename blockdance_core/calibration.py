@@ -11,14 +11,16 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from blockdance_core.forecast import LARGEST_WEIGHT, MOST_FEATURES, Forecast
 from blockdance_core.schedule import Plan, Reuse
+
+T = TypeVar("T")
 
 CANDIDATES = (
     Forecast(True), *(Forecast(True, order, damping) for order in (1, 2) for damping in (0.25, 0.5, 0.75, 1.0))
@@ -212,11 +214,16 @@ def front(profile: Profile, lead: int = 1) -> list[Found]:
             groups = _backwards(steps, came, lag, budget, costs)
             saved = sum((size - 1) * (1 - profile.costs[way]) for _, size, way in groups if size > 1) / steps
             found.append((saved, loss, groups))
-    kept: list[tuple[float, float, list[tuple[int, int, int]]]] = []
-    for one in sorted(found, key=lambda one: (-one[0], one[1])):
-        if not kept or one[1] < kept[-1][1]:
+    return [Found(plan_of(profile, groups), saved, loss) for saved, loss, groups in unbeaten(found, lambda one: one[:2])]
+
+
+def unbeaten(found: Iterable[T], cut_and_loss: Callable[[T], tuple[float, float]]) -> list[T]:
+    """Those that lose less than every other one that cuts as much or more, by ascending cut."""
+    kept: list[T] = []
+    for one in sorted(found, key=lambda one: (-cut_and_loss(one)[0], cut_and_loss(one)[1])):
+        if not kept or cut_and_loss(one)[1] < cut_and_loss(kept[-1])[1]:
             kept.append(one)
-    return [Found(plan_of(profile, groups), saved, loss) for saved, loss, groups in kept[::-1]]
+    return kept[::-1]
 
 
 def _backwards(steps: int, came: np.ndarray, lag: int, budget: int, costs: Sequence[int]) -> list[tuple[int, int, int]]:

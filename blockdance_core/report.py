@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from blockdance_core.config import Config
 from blockdance_core.schedule import CACHE, REUSE, Schedule
 from blockdance_core.session import Choice, ModelState, Session
 
@@ -70,13 +71,7 @@ def run_record(session: Session, *, completed: bool = True) -> dict[str, Any]:
 
 def empty_record(reason: str) -> dict[str, Any]:
     """The record of a model that was not run, or not accelerated, with the reason as its warning."""
-    return {
-        "schema_version": SCHEMA_VERSION, "completed": False, "steps": 0, "sigmas": [], "evaluations": 0,
-        "window": _window((), 0), "decisions": [], "boundary": [], "blocks_total": 0, "blocks_run": [], "calls": [],
-        "reused_steps": 0, "reused_calls": 0, "fallbacks": {}, "dit_ms": [], "cached_bytes": 0, "predicted_bytes": 0,
-        "block_runs": 0, "block_runs_full": 0, "cut_arithmetic": 0.0, "model_family": None, "adaptive": None,
-        "warnings": [reason], "config": {},
-    }
+    return run_record(Session(Config(), (), ()), completed=False) | {"warnings": [reason], "config": {}}
 
 
 def report(runs: Sequence[dict[str, Any]], reason: str) -> dict[str, Any]:

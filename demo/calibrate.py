@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +16,11 @@ from typing import Any
 
 import torch
 
-from demo.architectures import ARCHITECTURES
+from demo import options as common
 from demo.bench.runner import batches
-from demo.hosting import launcher
 from demo.loader import MODELS, load_demo
 
 BATCH = 4
-POLICIES = Path(__file__).parent / "policies"
 _SEEDS = {"profile": 1_000_000, "checks": 2_000_000}
 """Noise of neither the benchmark nor each other."""
 
@@ -34,8 +30,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python dev.py calibrate", description=__doc__)
     top.add_argument("--model", choices=MODELS, default="sd3-mini", help="default: %(default)s")
     top.add_argument("--steps", type=int, nargs="+", help="numbers of steps; one after the other")
-    for name, kind in (("sampler", str), ("scheduler", str), ("cfg", float)):
-        top.add_argument(f"--{name}", type=kind, help="in place of the model's own")
+    common.add(top)
     top.add_argument("--prompts", type=int, default=8, help="captions to profile on, half of them hard (default %(default)s)")
     top.add_argument("--checks", type=int, default=8, help="further captions to prove schedules on (default %(default)s)")
     top.add_argument("--boundaries", default="", metavar="LIST",
@@ -47,7 +42,6 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--seed", type=int, default=0, help="of captions and noise")
     top.add_argument("--out", type=Path, metavar="PATH", help="the policy file (default: demo/policies/<model>.safetensors)")
     top.add_argument("--again", action="store_true", help="also calibrate what the file holds already")
-    top.add_argument("--threads", type=int, default=torch.get_num_threads())
     return top
 
 
@@ -55,22 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Calibrate; 0 on success."""
     given = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(given)
-    own = ARCHITECTURES[options.model].sampling
-    for name in ("sampler", "scheduler", "cfg"):
-        if getattr(options, name) is None:
-            setattr(options, name, own[name])
-    launcher.enter(*(() if torch.cuda.is_available() else ("--cpu",)))
-    torch.set_num_threads(options.threads)
-    logging.getLogger().setLevel(logging.WARNING)
+    common.begin(options, *(() if torch.cuda.is_available() else ("--cpu",)))
     demo = load_demo(options.model)
-    out = options.out or POLICIES / f"{options.model}.safetensors"
-    command = shlex.join(["python", "dev.py", "calibrate", *given])
-    for steps in options.steps or [own["steps"]]:
-        calibrate(demo, options, steps, out, command)
+    out = options.out or common.POLICIES / f"{options.model}.safetensors"
+    for steps in options.steps or [None]:
+        calibrate(demo, common.fitted(options, options.model, steps), out, common.command("calibrate", given))
     return 0
 
 
-def calibrate(demo: Any, options: argparse.Namespace, steps: int, out: Path, command: str) -> None:
+def calibrate(demo: Any, options: argparse.Namespace, out: Path, command: str) -> None:
     """One number of steps, from the profile to the file; nothing if the file holds it already."""
     from blockdance_core.calibration import merged, save_profile
     from blockdance_core.host.calibrate import CUTS, calibrated, depth_of, entry, profiled, reaching, table
@@ -80,19 +67,19 @@ def calibrate(demo: Any, options: argparse.Namespace, steps: int, out: Path, com
 
     settings = {
         "model": options.model, "split": "train", "seed": options.seed, "noise_seeds": _SEEDS, "sampler": options.sampler,
-        "scheduler": options.scheduler, "steps": steps, "cfg": options.cfg, "prompts": options.prompts, "batch": BATCH,
+        "scheduler": options.scheduler, "steps": options.steps, "cfg": options.cfg, "prompts": options.prompts, "batch": BATCH,
         "boundaries": list(parse_boundaries(options.boundaries, depth_of(demo.model)) or (depth_of(demo.model) - 1,)),
     }
     how = {"checks": options.checks, "effort": options.effort, "cut": options.cut, "fidelity_db": options.fidelity}
-    title = f"{options.model}, {steps} steps of {options.sampler} {options.scheduler}"
+    title = f"{options.model}, {options.steps} steps of {options.sampler} {options.scheduler}"
     policy = kept(out, demo.model)
     records = policy.record.get("calibrations", {}).values() if policy else ()
     if not options.again and any((settings | how).items() <= record.items() for record in records):
         print(f"{title}: already in {out}")
         return
-    beside = out.with_name(f"{out.name}.{options.sampler}-{steps}.npz")
+    beside = out.with_name(f"{out.name}.{options.sampler}-{options.steps}.npz")
     profile, done, cost = _resumed(beside, settings)
-    prompts = _prompts(demo, options, steps, "profile")
+    prompts = _prompts(demo, options, "profile")
     for number, prompt in enumerate(prompts[done:], done + 1):
         begun = time.perf_counter()
         with _bar(f"{title}: profile {number} of {len(prompts)}") as progress:
@@ -102,7 +89,7 @@ def calibrate(demo: Any, options: argparse.Namespace, steps: int, out: Path, com
         cost = _sum(cost, _cost(rollouts, begun))
         save_profile(profile, beside, settings | {"batches": number, "cost": cost})
     begun = time.perf_counter()
-    checks = [Rollouts(demo.model, one) for one in _prompts(demo, options, steps, "checks")]
+    checks = [Rollouts(demo.model, one) for one in _prompts(demo, options, "checks")]
     with _bar(f"{title}: schedules") as progress:
         levels = calibrated(profile, checks, (options.cut,) if options.cut else CUTS, options.effort, progress)
     if not levels:
@@ -131,11 +118,11 @@ def lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"{row['cut']:>7.1%}{loss:>9}  {row['plan']}  {','.join(map(str, row['boundaries']))}"
 
 
-def _prompts(demo: Any, options: argparse.Namespace, steps: int, part: str) -> list[Any]:
+def _prompts(demo: Any, options: argparse.Namespace, part: str) -> list[Any]:
     """Prompts to profile or to check on, in batches."""
     first = _SEEDS[part] + 1000 * options.seed
     count = options.prompts if part == "profile" else options.checks
-    return batches(demo, options, "train", count, BATCH, steps, first, first)[0]
+    return batches(demo, options, "train", count, BATCH, first, first)[0]
 
 
 def _resumed(path: Path, settings: dict[str, Any]) -> tuple[Any, int, dict[str, float]]:

@@ -6,21 +6,15 @@ Captions are those of the train split, half of them hard. The test split is for 
 from __future__ import annotations
 
 import argparse
-import logging
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from blockdance_core.host import processes
 from blockdance_core.host import train_policy as command
-from demo.architectures import ARCHITECTURES
+from demo import options as common
 from demo.bench.runner import batches
-from demo.calibrate import POLICIES
-from demo.hosting import launcher
 from demo.loader import MODELS, load_demo
 
 _SEED = 3_000_000
@@ -32,14 +26,12 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python dev.py train-policy", description=__doc__)
     top.add_argument("--model", choices=MODELS, default="sd3-mini", help="default: %(default)s")
     top.add_argument("--steps", type=int, help="number of steps (default: the model's own)")
-    for name, kind in (("sampler", str), ("scheduler", str), ("cfg", float)):
-        top.add_argument(f"--{name}", type=kind, help="in place of the model's own")
+    common.add(top)
     top.add_argument("--prompts", type=int, default=96, help="captions (default %(default)s)")
     top.add_argument("--batch", type=int, default=4, help="captions sampled together (default %(default)s)")
     top.add_argument("--policy", type=Path, help="calibrated schedules (default: demo/policies/<model>.safetensors)")
     top.add_argument("--reward", default="fidelity", help="fidelity, or ssim (default: %(default)s)")
     top.add_argument("--out", type=Path, metavar="PATH", help="the file (default: demo/policies/<model>-ada.safetensors)")
-    top.add_argument("--threads", type=int, default=torch.get_num_threads())
     command.add_arguments(top)
     return top
 
@@ -48,15 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train; 0 on success."""
     given = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(given)
-    own = ARCHITECTURES[options.model].sampling
-    for name in ("sampler", "scheduler", "cfg", "steps"):
-        if getattr(options, name) is None:
-            setattr(options, name, own[name])
-    launcher.enter(*processes.device_arguments())
-    torch.set_num_threads(options.threads)
-    logging.getLogger().setLevel(logging.WARNING)
+    common.begin(options, *processes.device_arguments())
     with processes.processes():
-        record = _train(options, shlex.join(["python", "dev.py", "train-policy", *given]))
+        record = _train(common.fitted(options, options.model, options.steps), common.command("train-policy", given))
     if record is not None:
         sys.stdout.write(command.told(record) + "\n")
     return 0
@@ -69,13 +55,13 @@ def _train(options: argparse.Namespace, line: str) -> dict[str, Any] | None:
     from blockdance_core.policy import SchedulePolicy, load
 
     demo = load_demo(options.model)
-    base = load(options.policy or POLICIES / f"{options.model}.safetensors")
+    base = load(options.policy or common.POLICIES / f"{options.model}.safetensors")
     if not isinstance(base, SchedulePolicy):
         raise SystemExit(f"{options.policy} is an adaptive policy itself: give a calibrated one.")
     design, settings = command.chosen(options, depth_of(demo.model))
     first = _SEED + 1000 * options.seed
-    prompts, texts = batches(demo, options, "train", options.prompts, options.batch, options.steps, first, first)
-    out = options.out or POLICIES / f"{options.model}-ada.safetensors"
+    prompts, texts = batches(demo, options, "train", options.prompts, options.batch, first, first)
+    out = options.out or common.POLICIES / f"{options.model}-ada.safetensors"
     with command.console() as progress:
         _, record = train(
             demo.model, prompts, out, base, design, settings, by_name(options.reward, demo.vae), texts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -11,11 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blockdance_core import families
-from blockdance_core.calibration import Found, Profile, chosen, front, merged, neighbours
+from blockdance_core.calibration import Found, Profile, chosen, front, merged, neighbours, unbeaten
 from blockdance_core.host import profiling
-from blockdance_core.host.attach import sampler_name
-from blockdance_core.host.levels import noise_levels
-from blockdance_core.host.rollout import Prompt, Rollouts, sigmas_of
+from blockdance_core.host.rollout import Prompt, Rollouts, function_of, levels_of, sigmas_of
 from blockdance_core.policy import Calibrated
 from blockdance_core.schedule import Plan, expanded
 
@@ -136,12 +135,7 @@ def calibrated(
             best = min((check(plan) for plan in plans), key=lambda one: one.score)
             found.append(_climbed(profile, best, check, plans[best.plan], tries if cut >= 0.6 else 0))
         progress(done + 1, len(cuts))
-    kept: list[Checked] = []
-    useful = [one for one in found if one.cut > 0 and math.isfinite(one.loss)]
-    for one in sorted(useful, key=lambda one: (-one.cut, one.score)):
-        if not kept or (one.score < kept[-1].score and one.cut < kept[-1].cut):
-            kept.append(one)
-    return kept[::-1]
+    return unbeaten((one for one in found if one.cut > 0 and math.isfinite(one.loss)), lambda one: (one.cut, one.score))
 
 
 def _near(found: Sequence[Found], cut: float) -> list[Found]:
@@ -165,12 +159,9 @@ def _climbed(
 
 def entry(model: ModelPatcher, prompt: Prompt, found: Sequence[Checked]) -> Calibrated:
     """What was found, as a policy holds it."""
-    import comfy.samplers
-
-    levels = noise_levels(model.get_model_object("model_sampling"), sigmas_of(model, prompt))
-    levels = [max(levels[: k + 1]) for k in range(len(levels))]
+    levels = itertools.accumulate(levels_of(model, prompt), max)
     return Calibrated(
-        sampler=sampler_name(comfy.samplers.sampler_object(prompt.sampler)), scheduler=prompt.scheduler, levels=tuple(levels),
+        sampler=function_of(prompt.sampler), scheduler=prompt.scheduler, levels=tuple(levels),
         plans=tuple(one.plan for one in found), cuts=tuple(one.cut for one in found), losses=tuple(one.loss for one in found),
     )
 

@@ -19,7 +19,8 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from blockdance_core.config import Config
-from blockdance_core.host.attach import KEY, attach, handle_of
+from blockdance_core.host.attach import KEY, attach, handle_of, sampler_name
+from blockdance_core.host.levels import noise_levels
 from blockdance_core.policy import Fixed
 from blockdance_core.schedule import Plan
 
@@ -83,6 +84,16 @@ def sigmas_of(model: ModelPatcher, prompt: Prompt) -> list[float]:
     sampler = comfy.samplers.KSampler(
         model, prompt.steps, model.load_device, prompt.sampler, prompt.scheduler, prompt.denoise, model.model_options)
     return [float(sigma) for sigma in sampler.sigmas]
+
+
+def levels_of(model: ModelPatcher, prompt: Prompt) -> list[float]:
+    """The same as shares of the noise schedule, see `levels.noise_levels`."""
+    return noise_levels(model.get_model_object("model_sampling"), sigmas_of(model, prompt))
+
+
+def function_of(sampler: str) -> str:
+    """The name of a sampler's function, as a run tells it: that of `ddim`, for one, is `euler`."""
+    return sampler_name(comfy.samplers.sampler_object(sampler))
 
 
 @dataclasses.dataclass

@@ -28,12 +28,10 @@ from comfy.nested_tensor import NestedTensor
 from blockdance_core import families, plots
 from blockdance_core.config import FEW_STEPS, ConfigError
 from blockdance_core.forecast import FORECASTS
-from blockdance_core.host.attach import sampler_name
 from blockdance_core.host.identity import text
-from blockdance_core.host.levels import noise_levels
 from blockdance_core.host.processes import gathered, mine, of_the_first, rank, world
 from blockdance_core.host.rewards import Fidelity, Reward
-from blockdance_core.host.rollout import Prompt, Rollouts, sigmas_of
+from blockdance_core.host.rollout import Prompt, Rollouts, function_of, levels_of, sigmas_of
 from blockdance_core.host.versions import versions
 from blockdance_core.policy import AdaptivePolicy, Calibrated, SchedulePolicy, load, save
 from blockdance_core.policy.adaptive import Segment, every_step, one_choice, step_at
@@ -244,23 +242,21 @@ def designed(
     Raises:
         ConfigError: The base policy is for another model, or was not calibrated for this sampler and number of steps.
     """
-    import comfy.samplers
-
     match = families.find(model.get_model_object("diffusion_model"))
     family, depth = match.family.name, len(match.blocks)
-    sigmas = sigmas_of(model, prompt)
-    steps = noise_levels(model.get_model_object("model_sampling"), sigmas)
-    sampler = sampler_name(comfy.samplers.sampler_object(prompt.sampler))
-    if len(sigmas) - 1 <= FEW_STEPS:
-        raise ConfigError(f"{len(sigmas) - 1} steps are too few to decide anything: train with {FEW_STEPS + 1} or more.")
+    levels_passed, sampler = levels_of(model, prompt), function_of(prompt.sampler)
+    steps = len(levels_passed) - 1
+    if steps <= FEW_STEPS:
+        raise ConfigError(f"{steps} steps are too few to decide anything: train with {FEW_STEPS + 1} or more.")
     if base is None:
         boundary = match.family.defaults.boundary(depth)
-        base = _uniform(family, depth, boundary, sampler, prompt.scheduler, [max(steps[: k + 1]) for k in range(len(steps))])
+        ascending = list(itertools.accumulate(levels_passed, max))
+        base = _uniform(family, depth, boundary, sampler, prompt.scheduler, ascending)
     base.check(family, depth)
-    fitting = [k for k, entry in enumerate(base.entries) if entry.sampler == sampler and entry.same(steps)]
+    fitting = [k for k, entry in enumerate(base.entries) if entry.sampler == sampler and entry.same(levels_passed)]
     if not fitting:
         listed = ", ".join(entry.key for entry in base.entries)
-        raise ConfigError(f"The policy {base.name} holds no schedule for {len(sigmas) - 1} steps of {sampler} with "
+        raise ConfigError(f"The policy {base.name} holds no schedule for {steps} steps of {sampler} with "
                           f"{prompt.scheduler}, only for: {listed}. Calibrate it for these first, or train without it.")
     entry = base.entries[fitting[0]]
     start = step_at(entry.steps, design.start)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import platform
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,9 +16,8 @@ from typing import Any
 
 import torch
 
-from demo.architectures import ARCHITECTURES
+from demo import options as common
 from demo.bench import ablation, adaptive, latency, methods, page, real_size, runner
-from demo.hosting import launcher
 from demo.loader import MODELS
 
 
@@ -29,8 +26,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python dev.py bench", description=__doc__)
     top.add_argument("--model", choices=(*MODELS, "all"), nargs="+", default=["sd3-mini"], help="default: sd3-mini")
     top.add_argument("--steps", type=int, nargs="+", help="of the full run, several in turn (default: 30, or the model's)")
-    for name, kind in (("sampler", str), ("scheduler", str), ("cfg", float)):
-        top.add_argument(f"--{name}", type=kind, help="in place of the model's own")
+    common.add(top)
     top.add_argument("--methods", nargs="+", default=["*"], metavar="PATTERN",
                      help="such as 'ours-*' or 'fora N=2'; known: " + ", ".join(methods.METHODS))
     top.add_argument("--split", choices=("train", "validation", "test"), default="test")
@@ -40,7 +36,6 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--pair", type=int, default=1, metavar="K",
                      help="settings between two full runs; more is faster, and less exact on a machine that is not idle")
     top.add_argument("--seed", type=int, default=0, help="of captions and noise")
-    top.add_argument("--threads", type=int, default=torch.get_num_threads())
     top.add_argument("--json", type=Path, metavar="PATH", help="add the figures to this file")
     top.add_argument("--resume", type=Path, metavar="PATH", help="keep finished points as JSON lines there, and go on there")
     top.add_argument("--latency", action="store_true", help="time against batch, steps and tokens (the first of --methods)")
@@ -63,34 +58,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report:
         page.write()
         return 0
-    launcher.enter(*(() if torch.cuda.is_available() else ("--cpu",)))
-    torch.set_num_threads(options.threads)
-    logging.getLogger().setLevel(logging.WARNING)
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    for name in ("--json", "--resume", "--policy"):  # where files lie on this machine is of no interest to others
-        if name in given:
-            del given[given.index(name) : given.index(name) + 2]
-    command, place = shlex.join(["python", "dev.py", "bench", *given]), environment(options)
+    common.begin(options, *(() if torch.cuda.is_available() else ("--cpu",)))
+    command = common.command("bench", sys.argv[1:] if arguments is None else arguments)
+    place = environment(options)
     about = {"command": command, "environment": place}
     found: dict[str, Any]
     if options.real_size is not None:
         return _swept("real_size", real_size, about, options, options.real_size or real_size.MODELS, real_size.measure)
     if options.latency:
         return _swept("latency", latency, about, options, _models(options), lambda options, name: latency.measure(
-            _fitted(options, name, (options.steps or [None])[0]), name))
+            common.fitted(options, name, (options.steps or [None])[0]), name))
     if options.adaptive or options.ablation:
         kind, part = ("adaptive", adaptive) if options.adaptive else ("ablation", ablation)
         if options.steps:
             raise SystemExit(f"--{kind} runs as many steps as the policy was trained for: leave out --steps.")
         found = {kind: {}}
         for name in _models(options):
-            found[kind][name] = about | part.measure(_fitted(options, name), name)
+            found[kind][name] = about | part.measure(common.fitted(options, name), name)
             print(part.table(found[kind][name]))
     else:
         found = {**about, "models": {}, "points": []}
         for name in _models(options):
             for steps in options.steps or [30]:
-                one = _fitted(options, name, steps)
+                one = common.fitted(options, name, steps)
                 found["models"][name], points = measure(
                     one, name, {"command": command, "device": place["device"], "torch": place["torch"]})
                 found["points"] += points
@@ -169,13 +159,6 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
 
 def _models(options: argparse.Namespace) -> Iterator[str]:
     yield from MODELS if "all" in options.model else options.model
-
-
-def _fitted(options: argparse.Namespace, name: str, steps: int | None = None) -> argparse.Namespace:
-    """The options, with the model's own sampling where none is given."""
-    own = ARCHITECTURES[name].sampling
-    given = {key: value for key, value in vars(options).items() if value is not None or key not in own}
-    return argparse.Namespace(**{**own, **given, "steps": steps or own["steps"]})
 
 
 def _finished(path: Path | None) -> dict[tuple[Any, ...], dict[str, Any]]:

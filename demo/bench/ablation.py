@@ -22,8 +22,9 @@ import torch
 from tqdm import tqdm
 
 from demo import calibrate
-from demo.bench import methods, runner
+from demo.bench import runner
 from demo.bench.figures import bootstrap
+from demo.options import POLICIES
 
 TAIL = "0.75"
 """A boundary with a tail of live blocks behind it, as a share of the depth."""
@@ -55,16 +56,16 @@ class Variant(NamedTuple):
 
 
 VARIANTS = (
-    Variant("as shipped", "exact gradient, rho = 0.1, boundary at the last block, sees latent and text"),
+    Variant("as shipped", "exact gradient, rho = 0.1, the schedules as calibrated, sees latent and text"),
     Variant("gradient", "drawn, with the group's mean as baseline", settings=(("exact", False),)),
     Variant("baseline", "drawn, without a baseline, as published", settings=(("exact", False), ("baseline", False))),
-    Variant("boundary", f"schedules with a boundary at {TAIL} offered, too", tail=True),
+    Variant("boundary", f"schedules with every boundary at {TAIL} of the depth offered, too", tail=True),
     Variant("rho", "0.2", start=0.2),
     Variant("rho", "0.4, as published", start=0.4),
     Variant("sight", "the latent alone", text=False),
     Variant("sight", "the text alone", latent=False),
 )
-ALIKE = Variant("sight", "nothing: one schedule for all, the best of the training pictures")
+ALIKE = Variant("sight", "nothing: for each level the schedule that is best for all training pictures")
 
 
 def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -100,13 +101,15 @@ class _Work:
         from blockdance_core.host.training import measured_costs
         from blockdance_core.policy import load
 
-        self.demo, self.options, self.reward = demo, options, Similarity(demo.vae)
-        shipped: Any = load(options.policy or methods.POLICIES / f"{name}-ada.safetensors")
+        shipped: Any = load(options.policy or POLICIES / f"{name}-ada.safetensors")
+        self.demo, self.reward = demo, Similarity(demo.vae)
+        self.options = argparse.Namespace(**{**vars(options), "steps": shipped.entry.steps})
+        self.prompts = {train: self._prompts(train) for train in (True, False)}
         self.tradeoffs = tuple(shipped.record["settings"]["tradeoffs"])
         self.base = shipped.base
         self.both = self.base.extended(_joined(shipped.entry, _with_tail(name, shipped, options.threads)))
         boundaries = {row.boundary for entry in self.both.entries for plan in entry.plans for row in plan if row}
-        self.costs = measured_costs(demo.model, self._prompts(True)[0][0], sorted(boundaries))
+        self.costs = measured_costs(demo.model, self.prompts[True][0][0], sorted(boundaries))
         self._sampled: dict[tuple[float, bool], tuple[list[Any], list[int], dict[tuple[int, Any], Any]]] = {}
 
     def _prompts(self, train: bool) -> tuple[list[Any], list[list[str]]]:
@@ -114,13 +117,13 @@ class _Work:
         split, count, seed, noise = (
             ("train", options.train, _NOISE, _NOISE) if train else
             (options.split, options.prompts, options.seed, 1000 * options.seed))
-        return runner.batches(self.demo, options, split, count, options.batch, options.steps, seed, noise)
+        return runner.batches(self.demo, options, split, count, options.batch, seed, noise)
 
     def _policy(self, variant: Variant, seed: int = 0) -> Any:
         """Untrained."""
         from blockdance_core.host.training import Design, designed
 
-        return designed(self.demo.model, self._prompts(True)[0][0], self.both if variant.tail else self.base,
+        return designed(self.demo.model, self.prompts[True][0][0], self.both if variant.tail else self.base,
                         Design(start=variant.start), len(self.tradeoffs), seed)
 
     def sampled(self, start: float, train: bool) -> tuple[list[Any], list[int], dict[tuple[int, Any], Any]]:
@@ -140,44 +143,49 @@ class _Work:
     def _pictures(self, policy: Any, train: bool, share: bool = True, count: int | None = None) -> Any:
         from blockdance_core.host.training import Pictures
 
-        prompts, texts = self._prompts(train)
+        prompts, texts = self.prompts[train]
         return Pictures(self.demo.model, prompts[:count], texts[:count], policy, self.reward, self.costs, share)
 
-    def judged(self, variant: Variant) -> np.ndarray:
-        """Reward, cut and SSIM of every test picture, mean over levels and seeds: [pictures, 3]."""
+    def _trainer(self, variant: Variant, seed: int) -> Any:
+        """Taught by what was sampled."""
         from blockdance_core.policy.training import Settings, Trainer
 
         readings, prompts, known = self.sampled(variant.start, True)
+        policy = self._policy(variant, seed)
+        return Trainer(
+            policy, [_seen(one, variant) for one in readings], prompts,
+            lambda pairs: [known[picture, policy.plan(chosen)] for picture, chosen in pairs],
+            Settings(tradeoffs=self.tradeoffs, seed=seed, **dict(variant.settings)))
+
+    def judged(self, variant: Variant) -> np.ndarray:
+        """Reward, cut and SSIM of every test picture, mean over levels and seeds: [pictures, 3]."""
         tests, _, outcomes = self.sampled(variant.start, False)
         found = []
         for seed in range(SEEDS):
-            policy = self._policy(variant, seed)
-            trainer = Trainer(
-                policy, [_seen(one, variant) for one in readings], prompts,
-                lambda pairs, policy=policy: [known[picture, policy.plan(chosen)] for picture, chosen in pairs],
-                Settings(tradeoffs=self.tradeoffs, seed=seed, **dict(variant.settings)))
-            trainer.begin(_choices(policy))
+            trainer = self._trainer(variant, seed)
+            trainer.begin(_choices(trainer.policy))
             while not trainer.over:
                 trainer.step()
-            trained, order = trainer.finished()
+            policy, order = trainer.finished()
             with torch.no_grad():
-                logits = torch.cat([trained.network(one.cells[None], one.places, one.text[None])
+                logits = torch.cat([policy.network(one.cells[None], one.places, one.text[None])
                                     for one in (_seen(one, variant) for one in tests)])
-            chosen = [[trained.plan(trained.likeliest(row)) for row in of] for of in logits.unflatten(1, (len(order), -1))]
+            chosen = [[policy.plan(policy.likeliest(row)) for row in of] for of in logits.unflatten(1, (len(order), -1))]
             found.append(self._scores([[outcomes[k, plan] for plan in of] for k, of in enumerate(chosen)], order))
         return np.mean(found, 0)
 
     def alike(self, variant: Variant) -> np.ndarray:
-        """The same of the one schedule that is best for all training pictures, at each level."""
-        _, prompts, known = self.sampled(variant.start, True)
+        """The same of the one schedule for each level that is best for all pictures that a network is taught with."""
         tests, _, outcomes = self.sampled(variant.start, False)
-        policy = self._policy(variant)
-        plans = [policy.plan(chosen) for chosen in _choices(policy)]
-        order = range(len(self.tradeoffs))
-        rewards = [sum(known[k, plan].cut + weight * known[k, plan].quality for k in range(len(prompts)))
-                   for weight in self.tradeoffs for plan in plans]
-        best = [plans[int(row.argmax())] for row in np.array(rewards).reshape(len(self.tradeoffs), -1)]
-        return self._scores([[outcomes[k, plan] for plan in best] for k in range(len(tests))], order)
+        found = []
+        for seed in range(SEEDS):
+            trainer = self._trainer(variant, seed)
+            quality, cut = torch.tensor([
+                trainer.outcomes([(picture, chosen) for picture in trainer.training]) for chosen in trainer.all]).mean(1).T
+            best = [trainer.policy.plan(trainer.all[int((cut + weight * quality).argmax())]) for weight in self.tradeoffs]
+            found.append(self._scores(
+                [[outcomes[k, plan] for plan in best] for k in range(len(tests))], range(len(self.tradeoffs))))
+        return np.mean(found, 0)
 
     def _scores(self, outcomes: Sequence[Sequence[Any]], order: Sequence[int]) -> np.ndarray:
         quality, cut = np.moveaxis(np.array(outcomes), 2, 0)  # [pictures, levels]
@@ -202,7 +210,7 @@ def _with_tail(name: str, shipped: Any, threads: int) -> Any:
     """A calibration like that of a shipped policy, but with a boundary that leaves a tail of live blocks."""
     from blockdance_core.policy import load
 
-    entry, made = shipped.entry, load(methods.POLICIES / f"{name}.safetensors").record["calibrations"][shipped.entry.key]
+    entry, made = shipped.entry, load(POLICIES / f"{name}.safetensors").record["calibrations"][shipped.entry.key]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tail.safetensors"
         with contextlib.redirect_stdout(io.StringIO()):

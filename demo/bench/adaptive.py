@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from demo.bench import methods, runner
+from demo.bench import runner
 from demo.bench.figures import RESAMPLES, bootstrap, tenth_gain, worst_tenth
+from demo.options import POLICIES
 
 
 def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -27,8 +28,9 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     from blockdance_core.policy import AdaptivePolicy, load
     from demo.loader import load_demo
 
-    policy = load(options.policy or methods.POLICIES / f"{name}-ada.safetensors")
+    policy = load(options.policy or POLICIES / f"{name}-ada.safetensors")
     assert isinstance(policy, AdaptivePolicy)
+    options = argparse.Namespace(**{**vars(options), "steps": policy.entry.steps})
     demo = load_demo(name)
     hard = np.array([k % 2 == 1 for k in range(options.prompts)])
     bench = _Sampled(demo, policy, options)
@@ -60,7 +62,8 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
         "model": name, "steps": policy.entry.steps, "sampler": options.sampler, "n": options.prompts, "split": options.split,
         "seed": options.seed, "start": policy.start, "options": policy.choices, "parameters": policy.network.shape.parameters,
         "decision_ms": decided, "full_ms": full, "training": {
-            "pictures": policy.record["pictures"], "reward": policy.record["reward"], "rollouts": cost["rollouts"],
+            "pictures": policy.record["training_pictures"], "held_out": policy.record["held_out_pictures"],
+            "reward": policy.record["reward"], "rollouts": cost["rollouts"],
             "calls": cost["calls"], "minutes": round(cost["seconds"] / 60, 1), "command": policy.record.get("command"),
         }, "rows": rows,
     }
@@ -73,8 +76,8 @@ class _Sampled:
         from blockdance_core.host.rewards import Similarity
         from blockdance_core.host.training import Pictures, candidates
 
-        prompts, batches = runner.batches(demo, options, options.split, options.prompts, options.batch, policy.entry.steps,
-                                          options.seed, 1000 * options.seed)
+        prompts, batches = runner.batches(
+            demo, options, options.split, options.prompts, options.batch, options.seed, 1000 * options.seed)
         pictures = Pictures(demo.model, prompts, batches, policy, Similarity(demo.vae), {}, False)
         readings = pictures.with_texts(pictures.readings(policy.network, lambda: None))
         with torch.no_grad():
@@ -136,11 +139,9 @@ def _static(levels: Sequence[tuple[float, int]], similarity: np.ndarray, cut: fl
 
 def _unbeaten(levels: Sequence[tuple[float, int]], similarity: np.ndarray) -> list[tuple[float, int]]:
     """Those that are more faithful than every one that cuts as much or more."""
-    kept: list[tuple[float, int]] = []
-    for cut, index in reversed(levels):
-        if not kept or similarity[index].mean() > similarity[kept[-1][1]].mean():
-            kept.append((cut, index))
-    return kept[::-1]
+    from blockdance_core.calibration import unbeaten
+
+    return unbeaten(levels, lambda level: (level[0], -similarity[level[1]].mean()))
 
 
 def _apart(cut: np.ndarray, hard: np.ndarray) -> tuple[float, float]:

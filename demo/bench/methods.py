@@ -8,12 +8,11 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from demo.bench import rivals
+from demo.options import POLICIES
 
-POLICIES = Path(__file__).parents[1] / "policies"
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2)
 MULTISTEP = ("dpmpp_2m", "uni_pc", "res_multistep")
 GROUP_SIZES = (2, 3, 4)
@@ -82,14 +81,12 @@ def _preset(name: str) -> Method:
 
 def calibrated(case: Case) -> Iterator[Setting]:
     """Every level of the model's policy file that was found for this sampler and number of steps."""
-    import comfy.samplers
-
     from blockdance_core import policy
-    from blockdance_core.host.attach import sampler_name
+    from blockdance_core.host.rollout import function_of
 
-    sampler = sampler_name(comfy.samplers.sampler_object(case.sampler))  # ddim, for one, is the function of euler
+    sampler = function_of(case.sampler)
     path = POLICIES / f"{case.name}.safetensors"
-    if not path.is_file() or not hasattr(policy, "load"):
+    if not path.is_file():
         log.warning("ours-calibrated is left out: there is no %s", path)
         return
     for entry in policy.load(path).entries:

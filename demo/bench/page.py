@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from demo.architectures import ARCHITECTURES
 from demo.bench import ablation, adaptive, latency, methods, real_size
 from demo.bench.figures import GOALS, PSNR_CAP, Duel, duel
+from demo.options import POLICIES
 
 if TYPE_CHECKING:
     from blockdance_core.policy import Calibrated, SchedulePolicy
@@ -65,7 +66,7 @@ def policies() -> dict[str, SchedulePolicy]:
     """The policies of the demo models that there are."""
     from blockdance_core import policy
 
-    found = {path.stem: policy.load(path) for path in sorted(methods.POLICIES.glob("*.safetensors"))}
+    found = {path.stem: policy.load(path) for path in sorted(POLICIES.glob("*.safetensors"))}
     return {name: one for name, one in found.items() if isinstance(one, policy.SchedulePolicy)}
 
 
@@ -339,9 +340,9 @@ def _adaptive(data: dict[str, Any]) -> Iterator[str]:
             f"hard, seed {found['seed']}. It looks at step {found['start']} and chooses among {found['options']} schedules; "
             f"{found['parameters']:,} parameters. Deciding takes {found['decision_ms']:.1f} ms of a full run's "
             f"{found['full_ms']:.0f} ({found['decision_ms'] / found['full_ms']:.2%}). Trained on {training['pictures']} "
-            f"pictures, reward {training['reward']}: {training['rollouts']:.0f} rollouts, {training['calls']:.0f} calls of the "
-            f"model, {training['minutes']:g} minutes on {found['environment']['device']} (`{training['command']}`). Measured "
-            f"by `{found['command']}`."
+            f"pictures, {training['held_out']} more held out, reward {training['reward']}: {training['rollouts']:.0f} "
+            f"rollouts, {training['calls']:.0f} calls of the model, {training['minutes']:g} minutes on "
+            f"{found['environment']['device']} (`{training['command']}`). Measured by `{found['command']}`."
         )
         rows = found["rows"]
         counts = "; ".join(

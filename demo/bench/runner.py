@@ -210,17 +210,16 @@ def prompts(name: str, split: str, count: int, seed: int, difficulty: str = "mix
 
 
 def batches(
-    demo: Any, options: argparse.Namespace, split: str, count: int, batch: int, steps: int, seed: int, noise: int
+    demo: Any, options: argparse.Namespace, split: str, count: int, batch: int, seed: int, noise: int
 ) -> tuple[list[Prompt], list[list[str]]]:
     """Mixed captions in batches, as `Rollouts` sample them, and what they say.
 
     Args:
         demo: The demo model.
-        options: ``sampler``, ``scheduler`` and ``cfg``.
+        options: ``steps``, ``sampler``, ``scheduler`` and ``cfg``.
         split: Where the captions come from.
         count: How many.
         batch: How many are sampled together.
-        steps: Number of steps.
         seed: Of the captions.
         noise: Seed of the first batch, one more for each of the others.
     """
@@ -230,7 +229,7 @@ def batches(
     captions = prompts(demo.name, split, count, seed)
     texts = [captions[start : start + batch] for start in range(0, count, batch)]
     return [
-        Prompt(demo.encode(some), demo.encode([""]), empty_latent(demo.model, len(some)), noise + k, steps, options.cfg,
+        Prompt(demo.encode(some), demo.encode([""]), empty_latent(demo.model, len(some)), noise + k, options.steps, options.cfg,
                options.sampler, options.scheduler)
         for k, some in enumerate(texts)
     ], texts

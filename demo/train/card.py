@@ -75,7 +75,8 @@ def card(name: str, folder: pathlib.Path) -> str:
         f"| Time | {training['seconds'] / 60:.0f} minutes | "
         + " + ".join(f"{phase['seconds'] / 60:.0f}" for phase in phases) + " minutes |",
         f"| Hardware | {training['hardware']}, torch {training['torch']} | {first['training']['hardware']} |",
-        f"| Schedule | {training['warmup']} steps up, flat, the last {training['decay']:.0%} linear to 0 | one cycle each |",
+        f"| Schedule | {training['warmup']} steps up, flat, the last {training['decay']:.0%} linear to 0; the "
+        "shipped file in parts, see [demo/README.md](../README.md#train-again) | one cycle each |",
         f"| Seed | {training['seed']} | {first['training']['seed']} |",
         "",
         f"{training['optimiser']}; log(s / (1 - s)) of the share of noise s normal with mean {training['spread'][0]} and "

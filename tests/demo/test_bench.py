@@ -387,9 +387,11 @@ def test_page_says_what_looking_at_the_picture_brings() -> None:
         "model": "some", "steps": 30, "sampler": "euler", "n": 64, "split": "test", "seed": 0, "start": 6, "options": 15,
         "parameters": 200_000, "decision_ms": 4.0, "full_ms": 2000.0, "command": "python dev.py bench --adaptive",
         "environment": {"device": "a CPU"}, "rows": [_adaptive_row()], "training": {
-            "pictures": 100, "reward": "ssim", "rollouts": 300.0, "calls": 9000.0, "minutes": 12.5, "command": "train"}}
+            "pictures": 75, "held_out": 25, "reward": "ssim", "rollouts": 300.0, "calls": 9000.0, "minutes": 12.5,
+            "command": "train"}}
     text = page.render(_data() | {"adaptive": {"some": found}}, {})
     assert "64 test captions, half of them hard, seed 0" in text
+    assert "Trained on 75 pictures, 25 more held out, reward ssim: 300 rollouts" in text
     assert "Deciding takes 4.0 ms of a full run's 2000 (0.20%)" in text
     assert ("| 4 | 60.0% | 66.0% / 54.0% | +10.0% to +14.0% | 3 | 0.9910 | 0.9840 | +0.0070 (+0.0020 to +0.0120) | 0.9880 | "
             "+0.0030 (-0.0010 to +0.0070) | 0.9700 | 0.9400 | +0.0300 (+0.0100 to +0.0500) |") in text
@@ -399,7 +401,7 @@ def test_page_says_what_looking_at_the_picture_brings() -> None:
 
 def test_adaptive_policies_choose_from_the_schedules_that_are_shipped_beside_them() -> None:
     for name, base in page.policies().items():
-        own = policy.load(methods.POLICIES / f"{name}-ada.safetensors")
+        own = policy.load(page.POLICIES / f"{name}-ada.safetensors")
         assert own.entry in base.entries, f"{name} was calibrated anew, its adaptive policy is of the old schedules"
 
 

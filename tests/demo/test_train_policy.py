@@ -23,7 +23,7 @@ from blockdance_core.host.training import PUBLISHED, Design, Pictures
 from blockdance_core.policy import AdaptivePolicy, load
 from blockdance_core.policy.training import Settings
 from demo import train_policy
-from demo.calibrate import POLICIES
+from demo.options import POLICIES
 
 SMALL = ["--steps", "20", "--prompts", "4", "--batch", "2", "--epochs", "2", "--tradeoffs", "1", "8", "--threads", "1"]
 
