@@ -52,7 +52,7 @@ class BlockDanceAccelerate(io.ComfyNode):
                     "Where features are kept. auto: on the GPU if they fit, else in CPU memory.")),
                 io.Custom("BLOCKDANCE_POLICY").Input("policy", optional=True, tooltip=(
                     "From Load BlockDance Policy: a calibrated choice of steps, in place of preset, start, end, window, "
-                    "boundary and forecast. N says how fast.")),
+                    "boundary and forecast. N says how fast, or the policy's own cut.")),
                 io.Combo.Input("quality", options=list(QUALITIES), default="off", tooltip=(
                     "Watches the forecasts and computes a step where they would be off by more than this. With the preset auto "
                     "this alone decides, whatever N: as much reuse as the picture allows.")),

@@ -27,6 +27,9 @@ class BlockDanceLoadPolicy(io.ComfyNode):
             inputs=[
                 io.Combo.Input("policy_name", options=policy_files(), tooltip=(
                     "A file of models/blockdance. It is for one model family and depth.")),
+                io.Float.Input("cut", default=0.0, min=0.0, max=0.99, step=0.01, optional=True, tooltip=(
+                    "The share of the model's time to save: the fastest schedule that saves at most this is taken. 0: N of "
+                    "BlockDance Accelerate decides, with 1 - 1/N.")),
             ],
             outputs=[PolicyType.Output(display_name="policy", tooltip="For the input `policy` of BlockDance Accelerate.")],
         )
@@ -42,13 +45,13 @@ class BlockDanceLoadPolicy(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, policy_name: str) -> str:
-        """Changes when the file does."""
+    def fingerprint_inputs(cls, policy_name: str, cut: float = 0.0) -> str:
+        """Changes when the file does; the page tells of the rest."""
         path = policy_path(policy_name)
         state = os.stat(path)
         return f"{path} {state.st_mtime_ns} {state.st_size}"
 
     @classmethod
-    def execute(cls, policy_name: str) -> io.NodeOutput:
+    def execute(cls, policy_name: str, cut: float = 0.0) -> io.NodeOutput:
         """Returns the policy; a damaged file is an error that names it."""
-        return io.NodeOutput(load(policy_path(policy_name)))
+        return io.NodeOutput(load(policy_path(policy_name)).at(cut))

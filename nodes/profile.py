@@ -36,8 +36,9 @@ class BlockDanceProfile(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="A prompt like those that will be sampled."),
                 io.Conditioning.Input("negative", tooltip="What is not wanted."),
                 io.Latent.Input("latent_image", tooltip="The latent to start from; a batch counts as so many samples."),
-                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True, tooltip=(
-                    "Seed of the noise.")),
+                io.Int.Input(  # fixed: another seed is another profile, which takes long
+                    "seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Seed of the noise."),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The number of steps that the policy is for."),
                 io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance."),
                 io.Combo.Input("sampler_name", options=samplers, tooltip="The sampler that the policy is for."),

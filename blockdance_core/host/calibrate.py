@@ -88,6 +88,11 @@ def profiled(
     rollouts, grams = [], []
     for prompt in prompts:
         rollouts.append(Rollouts(model, prompt))
+        lost = [k + 1 for k, sample in enumerate(rollouts[-1].full.result) if not sample.isfinite().all()]
+        if lost:
+            raise ValueError(f"The full run has no finite result (sample {', '.join(map(str, lost))} of "
+                             f"{len(rollouts[-1].full.result)}): nothing can be compared with it. Sample it without this node, "
+                             "and take a prompt, a latent and a precision that give a picture.")
         grams.append(profiling.gram(rollouts[-1], boundaries))
         step(2)
     known = np.sum([*grams, *([] if before is None else [before])], 0)

@@ -155,7 +155,7 @@ def calibrate(
 def keep(
     path: str | os.PathLike[str], model: ModelPatcher, calibration: Calibrated, record: Mapping[str, Any]
 ) -> SchedulePolicy:
-    """Add a calibration to a policy file, or make the file. It replaces one of the same sampler, scheduler and steps.
+    """Add a calibration to a policy file, or make the file. It replaces one of the same `Calibrated.key`.
 
     Returns:
         The policy as it stands in the file.

@@ -65,6 +65,7 @@ class AdaptivePolicy:
         network: Gives a logit for every level and, within it, every option of every segment.
         name: For messages and the report.
         record: How it was trained, as plain JSON data.
+        wanted: See `SchedulePolicy`; a mean here.
 
     Raises:
         ConfigError: The parts do not fit together.
@@ -77,6 +78,7 @@ class AdaptivePolicy:
     network: DecisionNetwork
     name: str
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    wanted: float = 0.0
 
     def __post_init__(self) -> None:
         require(0 <= self.trained < len(self.base.entries), f"entry {self.trained} is none of {len(self.base.entries)}")
@@ -122,6 +124,10 @@ class AdaptivePolicy:
 
     def _rows(self) -> Iterator[Reuse]:
         return (row for segment in self.segments for plan in segment.options for row in plan if row)
+
+    def at(self, cut: float) -> AdaptivePolicy:
+        """The same policy at the fastest level that saves at most this share of the time on average; 0 lets N decide."""
+        return dataclasses.replace(self, wanted=cut, base=self.base.at(cut))
 
     def check(self, family: str, depth: int) -> None:
         """Raise a `ConfigError` unless it is for a model of this family and depth."""
@@ -187,7 +193,7 @@ class AdaptivePolicy:
             group_size: N.
             step: Where the decision falls.
         """
-        logits = self.logits(sight)[:, level_for(self.cuts, group_size, self.name)[0]]
+        logits = self.logits(sight)[:, level_for(self.cuts, group_size, self)[0]]
         return tuple(self.scheduled(self.plan(self.likeliest(row)), levels, step) for row in logits)
 
     def logits(self, sight: Sight) -> Tensor:
@@ -210,7 +216,7 @@ class AdaptivePolicy:
 
     def _warnings(self, levels: Sequence[float], sampler: str, group_size: int) -> tuple[str, ...]:
         entry, count = self.entry, len(levels) - 1
-        _, warnings = level_for(self.cuts, group_size, self.name)
+        _, warnings = level_for(self.cuts, group_size, self)
         if sampler != entry.sampler or not entry.same(levels):
             warnings += (f"trained for {entry.steps} steps of {entry.sampler} {entry.scheduler}, this run has {count} of "
                          f"{sampler}: what the network decides is fitted by noise level",)

@@ -7,13 +7,15 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from blockdance_core.config import ConfigError
 from blockdance_core.forecast import LARGEST_WEIGHT, MOST_FEATURES
 from blockdance_core.schedule import REUSE, Plan, Reuse, Schedule, Step, expanded, few_steps, follow, part_way
 
 SAME_LEVEL = 1e-3
+_PART = 0.05
+"""A run that leaves out more of the noise schedule than this, at its beginning or end, is one of a part."""
 _ROUNDING = 1e-6
 _MAX_ORDER = 2
 _MOST = 1000
@@ -66,8 +68,10 @@ class Calibrated:
 
     @property
     def key(self) -> str:
-        """Sampler, scheduler and steps in words; a policy holds one calibration of each."""
-        return f"{self.sampler} {self.scheduler} {self.steps}"
+        """Sampler, scheduler, steps and, of a part of the noise schedule, which; a policy holds one calibration of each."""
+        first, last = self.levels[0], self.levels[-1]
+        part = f" from {first:.0%}" * (first > _PART) + f" to {last:.0%}" * (last < 1 - _PART)
+        return f"{self.sampler} {self.scheduler} {self.steps}{part}"
 
     def position(self, level: float) -> float:
         """How many of the calibrated steps are over at a noise level, 0 to n, with fractions."""
@@ -166,6 +170,7 @@ class SchedulePolicy:
         depth: Number of blocks of the model.
         entries: What was calibrated, one entry for each sampler, scheduler and number of steps.
         record: How it was calibrated, as plain JSON data.
+        wanted: The share of DiT time that may be saved, in place of N; 0 where N decides. Not part of the file.
 
     Raises:
         ConfigError: There is nothing in it, or a boundary is outside the depth.
@@ -176,6 +181,7 @@ class SchedulePolicy:
     depth: int
     entries: tuple[Calibrated, ...]
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    wanted: float = 0.0
 
     def __post_init__(self) -> None:
         require(bool(self.family), "the model family has no name")
@@ -191,8 +197,12 @@ class SchedulePolicy:
         rows = (row for entry in self.entries for plan in entry.plans for row in plan)
         return max((row.boundary for row in rows if row), default=None)
 
+    def at(self, cut: float) -> SchedulePolicy:
+        """The same policy, at the fastest schedule that saves at most this share of the time; 0 lets N decide."""
+        return dataclasses.replace(self, wanted=cut)
+
     def extended(self, calibration: Calibrated) -> SchedulePolicy:
-        """The same policy with one more calibration, in place of that of the same sampler, scheduler and steps."""
+        """The same policy with one more calibration, in place of that of the same `key`."""
         entries = (*(entry for entry in self.entries if entry.key != calibration.key), calibration)
         in_order = sorted(entries, key=lambda entry: (entry.sampler, entry.scheduler, entry.steps))
         return dataclasses.replace(self, entries=tuple(in_order))
@@ -211,7 +221,7 @@ class SchedulePolicy:
         Args:
             levels: Shares of the noise schedule, see `schedule.build`.
             sampler: Name of the sampler.
-            group_size: N: the cut is at most 1 - 1/N. 1 computes everything.
+            group_size: N: the cut is at most 1 - 1/N, or what is `wanted`. 1 computes everything.
         """
         count = max(len(levels) - 1, 0)
         full = Schedule((Step(),) * count)
@@ -225,7 +235,7 @@ class SchedulePolicy:
         entry = min(self.entries, key=lambda entry: (
             entry.sampler != sampler, not entry.same(levels), entry.uncalibrated(levels),
             round(abs(math.log(entry.whole(levels) / entry.steps)), 3), entry.departure(levels)))
-        level, slower = level_for(entry.cuts, group_size, self.name)
+        level, slower = level_for(entry.cuts, group_size, self)
         plan = entry.plans[level]
         warnings = self._warnings(entry, levels, sampler) + slower
         scheduled = follow(entry.fitted(plan, levels))
@@ -249,12 +259,25 @@ class SchedulePolicy:
                 "fitted by noise level",)
 
 
-def level_for(cuts: Sequence[float], group_size: int, name: str) -> tuple[int, tuple[str, ...]]:
-    """The fastest level that N allows, with a cut of at most 1 - 1/N; and a warning if none does."""
-    allowed = [index for index, cut in enumerate(cuts) if cut <= 1 - 1 / group_size + _ROUNDING]
+class Adjustable(Protocol):
+    """A policy whose speed can be chosen."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def wanted(self) -> float:
+        """See `SchedulePolicy`."""
+
+
+def level_for(cuts: Sequence[float], group_size: int, policy: Adjustable) -> tuple[int, tuple[str, ...]]:
+    """The fastest level with a cut of at most what is wanted, or else 1 - 1/N; and a warning if there is none."""
+    most, given = (policy.wanted, f"cut = {policy.wanted:g}") if policy.wanted else (1 - 1 / group_size, f"N = {group_size}")
+    allowed = [index for index, cut in enumerate(cuts) if cut <= most + _ROUNDING]
     if allowed:
         return allowed[-1], ()
-    return 0, (f"N = {group_size} is slower than anything in {name}: its slowest schedule is used",)
+    return 0, (f"{given} is slower than anything in {policy.name}: its slowest schedule is used",)
 
 
 def require_rows(plans: Iterable[Plan], of: str = "") -> None:

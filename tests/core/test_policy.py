@@ -74,6 +74,17 @@ def test_n_below_every_plan_takes_the_slowest_and_says_so() -> None:
     assert plan.warnings == ("N = 2 is slower than anything in test: its slowest schedule is used",)
 
 
+@pytest.mark.parametrize(("cut", "expected", "warnings"), [
+    (0.2, 0, ()), (0.5, 0, ()), (0.51, 1, ()), (0.99, 1, ()), (0.0, 1, ()),
+    (0.1, 0, ("cut = 0.1 is slower than anything in test: its slowest schedule is used",)),
+])
+def test_cut_picks_any_level_in_place_of_n(cut: float, expected: int, warnings: tuple[str, ...]) -> None:
+    plan = policy(entry(cuts=(0.2, 0.51))).at(cut).schedule(even(20), "euler", 8)
+    assert letters(plan) == PLANS[20][expected]
+    assert plan.warnings == warnings
+    assert not policy().at(0.9).schedule(even(20), "euler", 1).boundaries, "N = 1 is off"
+
+
 @pytest.mark.parametrize("levels", [[], [0.0], even(3), even(20)])
 def test_n_1_computes_every_step(levels: list[float]) -> None:
     plan = at_speed(levels, 1)

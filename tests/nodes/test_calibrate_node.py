@@ -19,6 +19,7 @@ from blockdance_core.host import paths
 from blockdance_core.host.calibrate import Checked, calibrated, letters, reaching
 from blockdance_core.host.measured import keep
 from blockdance_core.policy import PolicyError, load
+from blockdance_core.schedule import follow
 
 CASE = CASES["sd3"]
 STEPS = 8
@@ -137,6 +138,24 @@ def test_other_calibrations_in_the_file_are_kept_and_the_same_is_replaced(
     assert [entry.cuts for entry in policy.entries] == [(0.2,), (0.5,)]
     assert set(policy.record["calibrations"]) == {"dpmpp_2m karras 5", "euler simple 8"}
     assert os.listdir(folder) == ["a.safetensors"]
+
+
+def test_calibration_of_a_part_of_the_noise_schedule_does_not_replace_that_of_the_whole(
+    calibrate: Any, nodes: dict[str, Any], folder: Path, measured: Any
+) -> None:
+    calibrate.execute(measured, "a", 0.25, 0.0, 0)
+    model = model_of(CASE)
+    positive, negative = CASE.conds(model)
+    image_to_image, _ = nodes["BlockDanceProfile"].execute(
+        model, positive, negative, {"samples": CASE.latent(1)}, 1, 8, 3.0, "euler", "simple", 0.5, "0.5, 7").result
+    policy, _ = calibrate.execute(with_costs(image_to_image), "a", 0.25, 0.0, 0).result
+    whole, part = policy.entries
+    assert whole.key == "euler simple 8"
+    assert part.key.startswith("euler simple 8 from ")
+    assert set(policy.record["calibrations"]) == {whole.key, part.key}
+    for entry in (whole, part):
+        schedule = policy.schedule(entry.levels, "euler", 64)
+        assert (schedule.warnings, schedule.steps) == ((), follow(entry.plans[-1]).steps)
 
 
 def test_file_of_another_model_or_damaged_stays_as_it_is(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -42,7 +43,8 @@ def test_schema_is_the_api(loader: Any) -> None:
     schema = loader.GET_SCHEMA()
     assert schema.display_name == "Load BlockDance Policy"
     assert schema.category == "model/BlockDance"
-    assert [(i.id, i.get_io_type()) for i in schema.inputs] == [("policy_name", "COMBO")]
+    assert [(i.id, i.get_io_type()) for i in schema.inputs] == [("policy_name", "COMBO"), ("cut", "FLOAT")]
+    assert schema.inputs[1].optional, "graphs that were saved before it was there"
     assert [(output.get_io_type(), output.display_name) for output in schema.outputs] == [("BLOCKDANCE_POLICY", "policy")]
     assert all(i.tooltip for i in schema.inputs)
 
@@ -123,6 +125,19 @@ def test_loaded_policy_decides_and_the_page_is_told(
     assert reused_steps(run) == [3, 6, 7]
     assert run["config"]["policy"] == "tiny"
     assert run["config"]["boundary_label"] == "4 of 8 blocks"
+
+
+def test_cut_picks_the_schedule_in_place_of_n(nodes: dict[str, Any], loader: Any, folder: Path) -> None:
+    fast = tuple(Reuse(7, FORECASTS["delta"]) if letter == "r" else None for letter in ".crrrcrrr.")
+    one, = policy().entries
+    save(policy(entries=(dataclasses.replace(one, plans=(ROWS, fast), cuts=(0.2, 0.6), losses=(0.0, 0.1)),)), folder / "a.safetensors")
+    case = CASES["sd3"]
+    for cut, expected in ((0.0, [3, 6, 7]), (0.59, [3, 6, 7]), (0.6, [2, 3, 4, 6, 7, 8])):
+        loaded, = loader.execute("a.safetensors", cut=cut).result
+        model, = nodes["BlockDanceAccelerate"].execute(
+            model_of(case), enabled=True, preset="auto", group_size=2, policy=loaded).result
+        sample(model, case, steps=STEPS)
+        assert reused_steps(last_run(model)) == expected
 
 
 def test_policy_for_another_model_is_an_error_unless_it_is_off(nodes: dict[str, Any]) -> None:

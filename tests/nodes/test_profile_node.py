@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from typing import Any
 
@@ -75,8 +76,16 @@ def test_schema_is_the_api_and_samples_like_the_hosts_node(node: Any) -> None:
             continue
         assert ours[name].get_io_type() == kind
         for key, value in options[0].items():
-            if key != "tooltip":
+            if key not in ("tooltip", "control_after_generate"):
                 assert getattr(ours[name], key) == value, f"{name} {key}"
+    assert ours["seed"].as_dict()["control_after_generate"] == "fixed", "queued again, nothing is profiled again"
+
+
+def test_run_that_is_lost_is_refused_before_anything_is_measured(node: Any) -> None:
+    latent = CASE.latent(2)
+    latent[1] = math.nan
+    with pytest.raises(ValueError, match=r"no finite result \(sample 2 of 2\): nothing can be compared"):
+        node.execute(**inputs(latent_image={"samples": latent}))
 
 
 @pytest.mark.parametrize(("sampler", "scheduler"), [
