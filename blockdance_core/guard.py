@@ -22,6 +22,7 @@ _SAMPLES = 1 << 15
 """Values that a stream is judged by, at most."""
 ORDERS = (0, 1, 2)
 _KEPT = len(ORDERS)
+_PATIENCE = 4
 _LONGEST = 8
 """So many steps may follow a computed one at most."""
 
@@ -97,6 +98,17 @@ class Guard:
         self._streams: dict[tuple[int, Hashable], _Stream] = {}
         self._computed: dict[int, int] = {}
         self._asked: tuple[int, int] | None = None
+        self._new = 0
+
+    @property
+    def computed(self) -> int:
+        """The last step that was computed, at any boundary."""
+        return max(self._computed.values(), default=0)
+
+    @property
+    def lost(self) -> bool:
+        """Whether at many steps there were streams that had nothing before to compare with."""
+        return self._new >= _PATIENCE
 
     def observe(self, boundary: int, key: Hashable, step: int, sigma: float, output: Feature, base: Feature) -> None:
         """A stream was computed and stored.
@@ -147,6 +159,7 @@ class Guard:
         streams = [one for name, one in self._streams.items() if name[0] == boundary and one.steps[0] == computed]
         for one in streams:
             one.resolve()
+        self._new += not all(one.rates for one in streams)
         known = [order for order in orders if order < self.kept and all(order in one.rates for one in streams)]
         whole = sum(one.whole for one in streams)
         if not whole > 0:

@@ -118,7 +118,12 @@ class ModelState:
         return info if self.apart or not info.streams else info._replace(streams=(info.streams,), rows=1)
 
     def enter(self, group: int | None, step: int) -> None:
-        """A call of `group` begins; at the start of a new one, streams unseen for the whole group before are dropped."""
+        """A call of `group` begins; at the start of a new one, streams unseen for the whole group before are dropped.
+
+        Where the guard decides alone, all steps are of one group: there a group begins with each step that it computes.
+        """
+        if group is not None and self.open and self.guard is not None:
+            group = self.guard.computed
         if group is not None and group != self.group:
             self.group = group
             self.group_starts = [self.group_starts[-1], step]

@@ -64,13 +64,19 @@ class Duel(NamedTuple):
 
 
 def duel(rival: dict[str, Any], ours: Sequence[dict[str, Any]]) -> Duel:
-    """Compare a rival's point with our best one of at least its cut, prompt by prompt."""
+    """Compare a rival's point with our best one of at least its cut, prompt by prompt.
+
+    Which one is the best is judged for each prompt by all the others: no prompt has a say in what it is judged with.
+    """
     fast = [point for point in ours if point["cut"] >= rival["cut"] - MARGIN]
     if not fast:
         return Duel(rival, None)
     best = max(fast, key=lambda point: point["ssim"])
-    gains = np.subtract(best["prompt_ssim"], rival["prompt_ssim"])
-    return Duel(rival, best, float(gains.mean()), *bootstrap(gains), tenth_gain(best["prompt_ssim"], rival["prompt_ssim"]))
+    each = np.array([point["prompt_ssim"] for point in fast])
+    others = each.sum(1, keepdims=True) - each if each.shape[1] > 1 else each
+    own = each[others.argmax(0), np.arange(each.shape[1])]
+    gains = np.subtract(own, rival["prompt_ssim"])
+    return Duel(rival, best, float(gains.mean()), *bootstrap(gains), tenth_gain(own, rival["prompt_ssim"]))
 
 
 def bootstrap(values: Sequence[float] | np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:

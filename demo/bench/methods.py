@@ -19,8 +19,8 @@ GROUP_SIZES = (2, 3, 4)
 TOLERANCES = (0.02, 0.05, 0.09, 0.6, 1.0, 2.0)
 INTERVALS = (2, 3, 4, 5, 6)
 HOST_THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
-TEACACHE_THRESHOLDS = (0.1, 0.2, 0.3, 0.5, 0.8, 1.4)
-FIRST_BLOCK_THRESHOLDS = (0.03, 0.06, 0.1, 0.2, 0.3, 0.5)
+TEACACHE_THRESHOLDS = (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8, 1.4)
+FIRST_BLOCK_THRESHOLDS = (0.015, 0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5)
 
 log = logging.getLogger(__name__)
 

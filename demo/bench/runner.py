@@ -36,11 +36,12 @@ FULL = Setting("full")
 
 @dataclasses.dataclass
 class Call:
-    """One call of the model: its rows, how often each block ran, and the milliseconds it took."""
+    """One call of the model: its rows, how often each block ran, the milliseconds it took, and whether the model ran at all."""
 
     rows: int
     runs: list[int]
     ms: float
+    ran: bool = True
 
     @property
     def kind(self) -> tuple[int, int]:
@@ -239,8 +240,8 @@ def cuts(runs: Sequence[Run], full: Sequence[Run], shares: Sequence[float]) -> d
     """Cuts of the model's time, with the mean milliseconds of a run and of a full one.
 
     Returns:
-        `cut`: block runs, counted in the blocks, times the measured time of a block, and the calls times what a call takes
-        beside them; `cut_wall`: by the clock, with the method's own code, and with all that went on beside it on the
+        `cut`: block runs, counted in the blocks, times the measured time of a block, and runs of the model times what one
+        takes beside them; `cut_wall`: by the clock, with the method's own code, and with all that went on beside it on the
         machine; `cut_arithmetic`: by the block runs alone.
     """
     ms, full_ms = mean_ms(runs), mean_ms(full)
@@ -248,8 +249,8 @@ def cuts(runs: Sequence[Run], full: Sequence[Run], shares: Sequence[float]) -> d
     ran, all_ran = (
         [sum(call.runs[i] for run in part for call in run.calls) / len(part) for i in range(depth)] for part in (runs, full)
     )
-    calls, all_calls = (sum(len(run.calls) for run in part) / len(part) for part in (runs, full))
-    beside = (1 - sum(shares)) * calls / all_calls  # what a call spends outside the blocks
+    calls, all_calls = (sum(call.ran for run in part for call in run.calls) / len(part) for part in (runs, full))
+    beside = (1 - sum(shares)) * calls / all_calls  # what the model spends outside the blocks
     weighted = sum(share * one / whole for share, one, whole in zip(shares, ran, all_ran, strict=True))
     return {
         "cut": 1 - weighted - beside, "cut_wall": 1 - ms / full_ms, "cut_arithmetic": 1 - sum(ran) / sum(all_ran),
@@ -288,8 +289,9 @@ def watched(model: Any) -> Iterator[list[Call]]:
     from blockdance_core import families
 
     calls: list[Call] = []
-    blocks = [block.module for block in families.find(model.get_model_object("diffusion_model")).blocks]
-    with counted(blocks) as runs:
+    network = model.get_model_object("diffusion_model")
+    blocks = [block.module for block in families.find(network).blocks]
+    with counted([*blocks, network]) as runs:
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, functools.partial(_timed_call, calls, runs))
         yield calls
 
@@ -322,7 +324,8 @@ def _timed_call(calls: list[Call], runs: list[int], executor: Any, x: Tensor, *a
     result = executor(x, *args, **kwargs)
     _finish_work(x.device)
     ms = 1e3 * (time.perf_counter() - begun)
-    calls.append(Call(x.shape[0], [after - earlier for after, earlier in zip(runs, before, strict=True)], ms))
+    *of_blocks, whole = (after - earlier for after, earlier in zip(runs, before, strict=True))
+    calls.append(Call(x.shape[0], of_blocks, ms, whole > 0))
     return result
 
 

@@ -335,6 +335,21 @@ def test_context_windows_whose_number_changes_reuse_what_they_share(name: str) -
     assert torch.equal(found, sample(accelerated, case, steps=STEPS, latent=latent, conds=conds))
 
 
+def test_drifting_windows_do_not_pile_up_under_a_quality_and_the_report_says_why_nothing_is_reused() -> None:
+    case = CASES["wan_t2v"]
+    latent = 0.5 * normal((1, case.latent_shape[0], 25, *case.latent_shape[2:]), "video", 0)
+    runs = []
+    for settings in ({"quality": "off"}, {"quality": "draft"}):
+        model = accelerate(windowed(model_of(case), "standard_uniform", 3), preset="auto", group_size=3, **settings)
+        sample(model, case, steps=24, latent=latent)
+        runs.append(last_run(model))
+    plain, guarded = runs
+    assert guarded["cached_bytes"] < plain["cached_bytes"] < 3 * guarded["predicted_bytes"]
+    assert plain["reused_calls"] > 0 == guarded["reused_calls"]
+    assert not plain["warnings"]
+    assert [text for text in guarded["warnings"] if "conditionings or context windows come and go" in text]
+
+
 @pytest.mark.skipif("wan_uni3c" not in CASES, reason="this release of the host has no Uni3C")
 @pytest.mark.parametrize("percent", [(0.0, 0.56), (0.56, 1.0)], ids=["ends", "begins"])
 def test_a_patch_with_a_range_of_its_own_drops_the_cache_where_it_ends(percent: tuple[float, float]) -> None:

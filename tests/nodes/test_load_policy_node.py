@@ -130,7 +130,8 @@ def test_loaded_policy_decides_and_the_page_is_told(
 def test_cut_picks_the_schedule_in_place_of_n(nodes: dict[str, Any], loader: Any, folder: Path) -> None:
     fast = tuple(Reuse(7, FORECASTS["delta"]) if letter == "r" else None for letter in ".crrrcrrr.")
     one, = policy().entries
-    save(policy(entries=(dataclasses.replace(one, plans=(ROWS, fast), cuts=(0.2, 0.6), losses=(0.0, 0.1)),)), folder / "a.safetensors")
+    one = dataclasses.replace(one, plans=(ROWS, fast), cuts=(0.2, 0.6), losses=(0.0, 0.1))
+    save(policy(entries=(one,)), folder / "a.safetensors")
     case = CASES["sd3"]
     for cut, expected in ((0.0, [3, 6, 7]), (0.59, [3, 6, 7]), (0.6, [2, 3, 4, 6, 7, 8])):
         loaded, = loader.execute("a.safetensors", cut=cut).result
