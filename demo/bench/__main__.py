@@ -110,7 +110,7 @@ def measure(options: argparse.Namespace, name: str, made: dict[str, str]) -> tup
     from demo.loader import load_demo
 
     bench = runner.Runner(load_demo(name), options)
-    about = {"inactive_share": bench.inactive_share(), "block_shares": bench.shares}
+    about = {"inactive_share": bench.inactive_share(), "guard_share": bench.guard_share(), "block_shares": bench.shares}
     case = methods.Case(name, bench.demo.model, options.steps, options.sampler)
     finished = _finished(options.resume)
     here = {**vars(options), "model": name, "n": sum(map(len, bench.batches)), "threads": torch.get_num_threads()}
@@ -127,7 +127,8 @@ def measure(options: argparse.Namespace, name: str, made: dict[str, str]) -> tup
             if options.resume:
                 with options.resume.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(points[-1], allow_nan=False) + "\n")
-    print(f"inactive (N = 1): this pack's own code takes {about['inactive_share']:.2%} of the DiT time")
+    print(f"inactive (N = 1): this pack's own code takes {about['inactive_share']:.2%} of the DiT time; the guard "
+          f"{about['guard_share']:.2%}")
     return about, points
 
 

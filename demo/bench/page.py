@@ -179,7 +179,11 @@ def _method(data: dict[str, Any]) -> Iterator[str]:
     )
     yield ""
     for name, about in sorted(data.get("models", {}).items()):
-        yield f"With N = 1, this pack's own code takes {about['inactive_share']:.2%} of the DiT time of {name}."
+        own, guard = about["inactive_share"], about.get("guard_share")
+        yield (
+            f"With N = 1, this pack's own code takes {own:.2%} of the DiT time of {name}"
+            + ("." if guard is None else f"; the guard (`near-lossless`) takes {guard:.2%} of it, which no cut counts.")
+        )
         yield ""
 
 
@@ -284,13 +288,15 @@ def _tails(policies: Mapping[str, SchedulePolicy]) -> Iterator[str]:
     if not found:
         return
     yield from ("## When the tail of live blocks pays", "")
+    without = [model for model in policies if not any(title.startswith(f"{model}, ") for title, _, _ in found)]
     slow = _sum(level for _, _, levels in found for level in levels[: len(levels) // 2])
     fast = _sum(level for _, _, levels in found for level in levels[len(levels) // 2 :])
     kept, reused = _sum((slow, fast))
     yield (
         "Where it was offered more than the last block, calibration lets a tail of blocks behind the boundary run in "
         f"{kept} of {reused} reuse steps: in "
-        f"{_share(slow)} of those of the slower half of each model's levels, and in {_share(fast)} of those of the faster half."
+        f"{_share(slow)} of those of the slower half of the levels, and in {_share(fast)} of those of the faster half."
+        + (f" It was not offered more on {' and '.join(without)}." if without else "")
     )
     yield ""
     for title, cuts, levels in found:

@@ -200,6 +200,21 @@ class Runner:
         return statistics.median(shares)
 
 
+    def guard_share(self) -> float:
+        """Time spent in the guard in a run with `near-lossless`, as a share of the time of the model in a full run."""
+        from blockdance_core.config import Config
+        from blockdance_core.guard import Guard
+        from blockdance_core.host import attach
+
+        shares = []
+        for number in range(len(self.batches)):
+            full = sum(call.ms for call in self.run(number).calls)
+            with _spent_in(Guard, "observe") as own:
+                self.run(number, Setting("guard", lambda model: attach.attach(model, Config(quality="near-lossless"))))
+            shares.append(1e3 * sum(own) / full)
+        return statistics.median(shares)
+
+
 def prompts(name: str, split: str, count: int, seed: int, difficulty: str = "mixed") -> list[str]:
     """Captions of a split; mixed means half easy and half hard, in turns."""
     from demo.loader import captions
@@ -348,6 +363,25 @@ def _spent(module: nn.Module, spent: list[float], index: int) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def _spent_in(of: type, method: str) -> Iterator[list[float]]:
+    """The seconds of every call of a method."""
+    real, spent = getattr(of, method), []
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        begun = time.perf_counter()
+        try:
+            return real(*args, **kwargs)
+        finally:
+            spent.append(time.perf_counter() - begun)
+
+    setattr(of, method, timed)
+    try:
+        yield spent
+    finally:
+        setattr(of, method, real)
 
 
 class _Inner:

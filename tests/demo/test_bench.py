@@ -161,7 +161,8 @@ def _data() -> dict:
         "sampler": "euler", "command": "python dev.py bench --latency", "environment": place,
     }
     return {
-        "command": "python dev.py bench", "environment": place, "models": {"sd3-mini": {"inactive_share": 0.001}},
+        "command": "python dev.py bench", "environment": place,
+        "models": {"sd3-mini": {"inactive_share": 0.001, "guard_share": 0.02}},
         "points": points, "latency": {"rows": [row]},
     }
 
@@ -286,7 +287,9 @@ def test_page_counts_the_reuse_steps_that_keep_a_tail() -> None:
 
     text = page.render(_data(), policies(2, 3))
     assert "## When the tail of live blocks pays" in text
-    assert "in 2 of 4 reuse steps: in 100% of those of the slower half of each model's levels, and in 33% of" in text
+    assert "in 2 of 4 reuse steps: in 100% of those of the slower half of the levels, and in 33% of" in text
+    assert "not offered" not in text
+    assert "It was not offered more on other." in page.render(_data(), policies(2, 3) | {"other": policies(3)["some"]})
     assert "| some, 7 steps of euler: cut | 20.0% | 40.0% | 0.0% |\n|---|---|---|---|\n" in text
     assert "| reuse steps with a tail | 100% | 33% | - |" in text
     assert "When the tail" not in page.render(_data(), {})
