@@ -155,8 +155,9 @@ class Defaults:
 class Effective:
     """The values in force for one model: `Config` after preset, family and depth have spoken.
 
-    `policy` names the policy that decides in place of preset, window and forecast, if there is one and it is in force. The
-    boundary is then the largest that it may choose. With a `quality`, the guard decides which of the planned steps reuse.
+    `policy` names the policy that decides in place of preset, window and forecast, if there is one and it is in force, and
+    `policy_cut` is the share of the time that it may save, 0 where N says so. The boundary is then the largest that it may
+    choose. With a `quality`, the guard decides which of the planned steps reuse.
     """
 
     preset: str
@@ -169,6 +170,7 @@ class Effective:
     forecast: str
     cache_device: str
     policy: str | None = None
+    policy_cut: float = 0.0
     quality: str = "off"
 
     def as_dict(self) -> dict[str, Any]:
@@ -219,6 +221,7 @@ def resolve(config: Config, defaults: Defaults, depth: int) -> Effective:
         forecast=forecast,
         cache_device=config.cache_device,
         policy=policy.name if policy is not None else None,
+        policy_cut=getattr(policy, "wanted", 0.0),
         quality=config.quality if config.guarded else "off",
     )
 

@@ -93,7 +93,8 @@ def _heading(run: dict[str, Any]) -> str:
     if config.get("group_size", 1) > 1:
         detail = f"N = {config['group_size']}, {config['boundary_label']}, {config['forecast']}"
         if config.get("policy"):
-            detail = f"N = {config['group_size']}, policy {config['policy']}"
+            speed = f"cut {config['policy_cut']:.0%}" if config.get("policy_cut") else f"N = {config['group_size']}"
+            detail = f"{speed}, policy {config['policy']}"
         elif config.get("quality", "off") != "off":
             detail = f"{config['quality']}, {config['boundary_label']}"
     return f"{run['model_family'] or 'not accelerated'}: {run['steps']} steps, {run['reused_steps']} reused ({detail})"

@@ -116,7 +116,10 @@ export function timeText(run) {
  */
 export function settingsText(effective) {
   const guarded = effective.quality && effective.quality !== "off";
-  if (effective.policy) return `Policy ${effective.policy}, N = ${effective.group_size}${guarded ? `, ${effective.quality}` : ""}`;
+  if (effective.policy) {
+    const speed = effective.policy_cut ? `cut up to ${percent(effective.policy_cut)}` : `N = ${effective.group_size}`;
+    return `Policy ${effective.policy}, ${speed}${guarded ? `, ${effective.quality}` : ""}`;
+  }
   if (guarded && effective.preset === "auto") return `Skips ${effective.boundary_label} wherever ${effective.quality} allows`;
   const of = effective.window === "steps" ? "of the steps" : "of the noise level";
   return [

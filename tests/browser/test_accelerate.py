@@ -81,6 +81,8 @@ def test_connected_policy_disables_what_it_overrides_and_keeps_values(page: Node
     expect(page.panel(1)).to_have_text("Values in force are shown after the first run.")
     page.send("status", node_id="1", supported=True, message="", effective={**EFFECTIVE, "policy": "tiny"})
     expect(page.panel(1)).to_have_text("Policy tiny, N = 2")
+    page.send("status", node_id="1", supported=True, message="", effective={**EFFECTIVE, "policy": "tiny", "policy_cut": 0.6})
+    expect(page.panel(1)).to_have_text("Policy tiny, cut up to 60 %")
     page.js("() => { const node = window.app.graph.getNodeById(1); node.disconnectInput(node.findInputSlot('policy')); }")
     assert disabled(page) == ()
     assert page.widgets(1)["preset"]["label"] == "preset"

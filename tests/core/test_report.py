@@ -67,6 +67,7 @@ def test_timeline_is_a_picture_for_any_number_of_steps(steps: int) -> None:
 
 @pytest.mark.parametrize(("settings", "said"), [
     ({}, "N = 2, 6 of 8 blocks, hold"), ({"policy": "mine", "quality": "off"}, "N = 2, policy mine"),
+    ({"policy": "mine", "policy_cut": 0.6}, "cut 60%, policy mine"),
     ({"policy": None, "quality": "draft"}, "draft, 6 of 8 blocks"), ({"group_size": 1}, "every step computed"),
 ])
 def test_heading_of_a_timeline_names_what_decided(settings: dict[str, Any], said: str) -> None:
