@@ -306,14 +306,15 @@ def watched(model: Any) -> Iterator[list[Call]]:
     calls: list[Call] = []
     network = model.get_model_object("diffusion_model")
     blocks = [block.module for block in families.find(network).blocks]
-    with counted([*blocks, network]) as runs:
-        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, functools.partial(_timed_call, calls, runs))
+    beside = [child for child in network.children() if not isinstance(child, nn.ModuleList)]
+    with counted([*blocks, *beside]) as runs:
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, functools.partial(_timed_call, calls, runs, len(blocks)))
         yield calls
 
 
 @contextlib.contextmanager
 def counted(blocks: Sequence[nn.Module]) -> Iterator[list[int]]:
-    """Count how often each block runs, in the blocks themselves: what is skipped above them is not counted."""
+    """Count how often each module runs, in the modules themselves: what is skipped above them is not counted."""
     runs = [0] * len(blocks)
 
     def counting(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -332,15 +333,17 @@ def counted(blocks: Sequence[nn.Module]) -> Iterator[list[int]]:
             del block.forward
 
 
-def _timed_call(calls: list[Call], runs: list[int], executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _timed_call(
+    calls: list[Call], runs: list[int], blocks: int, executor: Any, x: Tensor, *args: Any, **kwargs: Any
+) -> Any:
     before = list(runs)
     _finish_work(x.device)
     begun = time.perf_counter()
     result = executor(x, *args, **kwargs)
     _finish_work(x.device)
     ms = 1e3 * (time.perf_counter() - begun)
-    *of_blocks, whole = (after - earlier for after, earlier in zip(runs, before, strict=True))
-    calls.append(Call(x.shape[0], of_blocks, ms, whole > 0))
+    now = [after - earlier for after, earlier in zip(runs, before, strict=True)]
+    calls.append(Call(x.shape[0], now[:blocks], ms, any(now)))
     return result
 
 

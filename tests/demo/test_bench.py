@@ -346,6 +346,8 @@ def test_a_small_benchmark_from_end_to_end_and_on_from_where_it_ended(tmp_path, 
     assert 0 < points["teacache"]["cut_arithmetic"] < 1
     assert points["teacache"]["stored_bytes"] > 0
     assert 0 < points["easycache"]["cut_arithmetic"] < 1
+    assert points["easycache"]["cut"] == pytest.approx(points["easycache"]["cut_arithmetic"]), "all of the model is skipped"
+    assert points["fora"]["cut"] < points["fora"]["cut_arithmetic"], "what stands beside the blocks runs"
     assert all(point["n"] == len(point["prompt_psnr"]) == 2 and point["ssim"] < 1 for point in points.values())
     assert all(set(page.KEY) <= set(point) and point["command"].startswith("python dev.py bench") for point in points.values())
     assert "fora" in page.render(data, {})
