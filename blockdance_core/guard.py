@@ -55,13 +55,15 @@ class _Stream:
         older = [k for k, node in enumerate(self.steps) if node < step and alike]
         self.steps, self.sigmas = [self.steps[k] for k in older], [self.sigmas[k] for k in older]
         self.samples = [self.samples[k] for k in older]
-        self.reaches, errors = {}, [sample.square().sum()]
+        self.reaches, errors = {}, [torch.dot(sample, sample)]
         for order in range(min(len(self.steps), _KEPT)):
             weights = Forecast(True, order).weights(self.sigmas, sigma)
             if len(weights) == order + 1:
-                predicted = sum(weight * one for weight, one in zip(weights, self.samples, strict=False))
                 self.reaches[order] = _reach(self.steps, step, order)
-                errors.append((predicted - sample).square().sum())
+                off = torch.neg(sample)
+                for weight, one in zip(weights, self.samples, strict=False):
+                    off.add_(one, alpha=weight)
+                errors.append(torch.dot(off, off))
         self.measured = torch.stack(errors)
         keep = slice(0, _KEPT - 1)
         self.steps, self.sigmas = [step, *self.steps[keep]], [sigma, *self.sigmas[keep]]

@@ -304,7 +304,7 @@ def sample(part: Tensor, most: int) -> Tensor:
     stride = max(1, -(-part.numel() // most))
     while part.ndim and math.gcd(stride, part.shape[-1]) > 1:  # else it would meet the same channels again and again
         stride += 1
-    if part.is_contiguous():
-        return part.view(-1)[::stride]
+    if part.is_contiguous() or stride == 1:
+        return part.reshape(-1)[::stride]
     places = torch.arange(0, part.numel(), stride, device=part.device)
     return part[torch.unravel_index(places, part.shape)]
