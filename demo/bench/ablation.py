@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import io
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -193,16 +192,16 @@ class _Work:
         return np.stack([((cut + weights * quality) / (1 + weights)).mean(1), cut.mean(1), quality.mean(1)], 1)
 
     def sharing(self, start: float) -> dict[str, Any]:
-        """Calls of the model and seconds of all options on one batch, with the first steps shared and without."""
+        """Calls of the model that all options of one batch take, with the first steps shared and without."""
         found: dict[str, Any] = {"start": start}
         policy = self._policy(Variant("", "", start=start))
         pairs, outcomes = [(0, chosen) for chosen in _choices(policy)], []
         for share, name in ((True, "shared"), (False, "alone")):
             pictures = self._pictures(policy, True, share, 1)
             pictures.rollouts_of(0)
-            full, begun = pictures.calls, time.perf_counter()
+            full = pictures.calls
             outcomes.append(np.array(pictures.ask(pairs, lambda known: None)))
-            found |= {f"{name}_calls": pictures.calls - full, f"{name}_seconds": time.perf_counter() - begun}
+            found[f"{name}_calls"] = pictures.calls - full
         return found | {"apart": float(np.abs(outcomes[0] - outcomes[1]).max()), "rollouts": len(pairs)}
 
 

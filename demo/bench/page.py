@@ -372,10 +372,10 @@ def _ablation(data: dict[str, Any]) -> Iterator[str]:
         )
         yield from ("", ablation.table(found), "")
         yield (
-            "Sharing the steps before the decision changes no outcome. Of one batch, all options, in calls of the model: "
-            + "; ".join(f"rho = {row['start']:g}: {row['shared_calls']} in place of {row['alone_calls']} "
-                        f"({row['shared_seconds']:.1f} s in place of {row['alone_seconds']:.1f})" for row in found["sharing"])
-            + f". The largest difference of an SSIM is {max(row['apart'] for row in found['sharing']):.1g}."
+            f"Sharing the steps before the decision changes outcomes by {max(row['apart'] for row in found['sharing']):.1g} at "
+            "most. Of one batch, all options, in calls of the model: "
+            + "; ".join(f"rho = {row['start']:g}: {row['shared_calls']} in place of {row['alone_calls']}"
+                        for row in found["sharing"]) + "."
         )
         yield ""
 
