@@ -1,42 +1,34 @@
-"""Train an adaptive policy on a model: what choices do to pictures is found out by sampling them.
+"""Train an adaptive policy on a model: what choices do to pictures is found out by sampling them, see `pictures`.
 
-Rollouts share the full run's first steps, up to the decision. Under torchrun every process samples its share of the prompts and
-the outcomes are gathered; the network, small as it is, is taught in every process alike. So the result does not depend on the
-number of processes.
+The network, small as it is, is taught in every process alike. So the result does not depend on the number of processes.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
-import math
 import os
-import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import comfy.utils
 import torch
-from comfy.nested_tensor import NestedTensor
 
 from blockdance_core import families, plots
 from blockdance_core.config import FEW_STEPS, ConfigError
 from blockdance_core.forecast import FORECASTS
-from blockdance_core.host.identity import text
-from blockdance_core.host.processes import gathered, mine, of_the_first, rank, world
+from blockdance_core.host.checkpoint import digest, resumed
+from blockdance_core.host.pictures import Pictures
+from blockdance_core.host.processes import gathered, of_the_first, rank, world
 from blockdance_core.host.rewards import Fidelity, Reward
 from blockdance_core.host.rollout import Prompt, Rollouts, function_of, levels_of, sigmas_of
 from blockdance_core.host.versions import versions
 from blockdance_core.policy import AdaptivePolicy, Calibrated, SchedulePolicy, load, save
 from blockdance_core.policy.adaptive import Segment, every_step, one_choice, step_at
 from blockdance_core.policy.file import require_room
-from blockdance_core.policy.network import DecisionNetwork, NetworkShape, Sight
+from blockdance_core.policy.network import DecisionNetwork, NetworkShape
 from blockdance_core.policy.training import Chosen, Outcome, Reading, Settings, Trainer
 from blockdance_core.report import step_medians
 from blockdance_core.schedule import Plan, Reuse
@@ -44,10 +36,6 @@ from blockdance_core.schedule import Plan, Reuse
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-_HELD = 256
-"""Prompts of whose full runs the part that rollouts share is kept in memory."""
-_FEW = 4
-"""Values of each tensor of a model that tell it from others."""
 _SAVED_EVERY = 60.0
 """Seconds between checkpoints while pictures are sampled."""
 CHOICES = ("schedules", "steps")
@@ -88,142 +76,6 @@ PUBLISHED = (
     Settings(tradeoffs=(2.0,), epochs=100, patience=100, rate=1e-5, baseline=False, exact=False),
 )
 """The method as published (section 3): cache or reuse for every step, three blocks and an MLP of 0.08 B parameters."""
-
-
-class Pictures:
-    """The prompts of a training, and what choices do to them.
-
-    Args:
-        model: MODEL, as the sampler would get it.
-        prompts: What is sampled; batches may differ in size.
-        texts: What each of the prompts says, for rewards that read it: one text, or one of each sample.
-        policy: What is trained.
-        reward: Says how good a result is.
-        costs: For each boundary, what a reuse step costs as a share of a computed one.
-        share: Whether rollouts share the steps before the decision.
-
-    Attributes:
-        of: For every picture its prompt and its place in the batch.
-        rollouts: Number of runs so far, in this process.
-        calls: Calls of the model in them.
-    """
-
-    def __init__(
-        self, model: ModelPatcher, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], policy: AdaptivePolicy,
-        reward: Reward, costs: dict[int, float], share: bool,
-    ) -> None:
-        self.model, self.prompts, self.texts, self.policy, self.reward = model, prompts, texts, policy, reward
-        self.costs, self.share = costs, share
-        self.of = [(k, row) for k, prompt in enumerate(prompts) for row in range(prompt.latent.shape[0])]
-        self.rollouts = self.calls = 0
-        self._full: collections.OrderedDict[int, Rollouts] = collections.OrderedDict()
-        features = [row.forecast.features for segment in policy.segments for plan in segment.options for row in plan if row]
-        self.history = max(features, default=1)  # steps before the decision that a reuse may look back on
-
-    def readings(self, network: DecisionNetwork, done: Callable[[], None]) -> list[Reading]:
-        """What the network reads of every picture, without its text, see `with_texts`."""
-        found: dict[int, list[Reading]] = {}
-        for k in mine(range(len(self.prompts))):
-            full = self.rollouts_of(k).full
-            if not found:
-                self._judged(k, full.result)  # what is missing for the reward is missed now, not behind all full runs
-            start, prompt = self.policy.start, self.prompts[k]
-            estimates = [one for step, one in full.estimates if step < start][-2:]
-            if len(estimates) < 2:
-                raise ConfigError(f"The sampler {prompt.sampler} evaluates the model less than twice before step {start + 1}, "
-                                  "where the network looks: choose a larger start, or another sampler.")
-            before, last = estimates
-            latent = full.entered[start]
-            cells, places, _ = network.read(Sight(latent, last, last - before, _text(prompt, latent.shape[0])))
-            found[k] = [Reading(row.clone(), places, None) for row in cells]
-            self._trimmed(k)
-            done()
-        whole = gathered(found)
-        return [whole[k][row] for k, row in self.of]
-
-    def with_texts(self, readings: Sequence[Reading]) -> list[Reading]:
-        """The same with the text of every picture. Embeddings are large, so they come from the prompts whenever needed."""
-        if not self.policy.network.shape.text_width:
-            return list(readings)
-        texts = [_text(prompt, prompt.latent.shape[0]) for prompt in self.prompts]
-        found = []
-        for reading, (k, row) in zip(readings, self.of, strict=True):
-            words = texts[k]
-            assert words is not None  # the width is that of the first prompt's, and `read` has seen them all
-            found.append(reading._replace(text=words[row].to("cpu", torch.float32)))
-        return found
-
-    def ask(
-        self, pairs: Sequence[tuple[int, Chosen]], done: Callable[[dict[tuple[int, Chosen], Outcome]], None]
-    ) -> list[Outcome]:
-        """What choices do to pictures; `done` is told outcomes as they come, also those of other samples of the batches."""
-        wanted: dict[int, list[Chosen]] = {}
-        for picture, chosen in pairs:
-            of = wanted.setdefault(self.of[picture][0], [])
-            of += [chosen] if chosen not in of else []
-        first = {prompt: min(p for p, (k, _) in enumerate(self.of) if k == prompt) for prompt in wanted}
-        known: dict[tuple[int, Chosen], Outcome] = {}
-        for some in _batched(sorted(wanted)):
-            found = {}
-            for k in mine(some):
-                for chosen in wanted[k]:
-                    for row, outcome in enumerate(self._outcomes(k, chosen)):
-                        found[first[k] + row, chosen] = outcome
-            found = gathered(found)
-            known |= found
-            done(found)
-        return [known[pair] for pair in pairs]
-
-    @torch.inference_mode()  # as the host runs its nodes: weights that were loaded so cannot be moved otherwise
-    def _outcomes(self, k: int, chosen: Chosen) -> list[Outcome]:
-        rollouts, plan = self.rollouts_of(k), self.policy.plan(chosen)
-        self._trimmed(k)
-        replayed = range(max(self.policy.start - self.history, 0)) if self.share else ()
-        run = rollouts.run(plan, replayed)
-        self.rollouts += 1
-        self.calls += sum(run.record["calls"])
-        cut = sum(1 - self.costs[row.boundary] for row in plan if row) / len(plan)
-        return [Outcome(quality, cut) for quality in self._judged(k, run.result)]
-
-    @torch.inference_mode()
-    def _judged(self, k: int, result: torch.Tensor) -> list[float]:
-        """What the reward says of a result of a prompt, for every sample."""
-        found, full = (self._as_returned(one, self.prompts[k].latent) for one in (result, self.rollouts_of(k).full.result))
-        qualities = [float(quality) for quality in self.reward(found, full, self.texts[k]).tolist()]
-        if not all(math.isfinite(quality) for quality in qualities):
-            raise ConfigError(f"The reward {self.reward.name} gave {qualities} for prompt {k + 1}: expected finite numbers.")
-        return qualities
-
-    def _as_returned(self, result: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        """A result as the host's sampler nodes return it; of several parts (a clip with its sound), nested again."""
-        out: torch.Tensor = self.model.model.process_latent_out(result)
-        if not latent.is_nested:
-            return out
-        nested: torch.Tensor = NestedTensor(comfy.utils.unpack_latents(out, [part.shape for part in latent.unbind()]))
-        return nested
-
-    def _trimmed(self, k: int) -> None:
-        """Of a full run only what rollouts replay, and its result, is kept: that of a long video is large."""
-        full, first = self.rollouts_of(k).full, max(self.policy.start - self.history, 0) if self.share else 0
-        full.predicted[first:] = [[] for _ in full.predicted[first:]]
-        full.entered, full.estimates = full.entered[-1:], []
-
-    @torch.inference_mode()
-    def rollouts_of(self, k: int) -> Rollouts:
-        """The runs of a prompt, the full one made; a few are kept."""
-        if k not in self._full:
-            self._full[k] = Rollouts(self.model, self.prompts[k])
-            self.rollouts += 1
-            self.calls += self._full[k].calls
-        self._full.move_to_end(k)
-        while len(self._full) > _HELD:
-            self._full.popitem(last=False)
-        return self._full[k]
-
-
-def _text(prompt: Prompt, rows: int) -> torch.Tensor | None:
-    """What a prompt says, as a run of it would have it."""
-    return text({"positive": [{"cross_attn": embedding, **more} for embedding, more in prompt.positive]}, rows)
 
 
 def designed(
@@ -421,10 +273,10 @@ def train(
         "design": dataclasses.asdict(design), "settings": dataclasses.asdict(settings), "reward": reward.name,
         "prompts": [[prompt.seed, prompt.latent.shape[0], prompt.cfg] for prompt in prompts],
         "options": [len(segment.options) for segment in policy.segments], "trained": policy.entry.key,
-        "inputs": _digest(model, prompts, texts, policy),
+        "inputs": digest(model, prompts, texts, policy),
     }
     checkpoint = path.with_name(f"{path.name}.training")
-    before = of_the_first(_resumed(checkpoint, about) if not rank() else None)
+    before = of_the_first(resumed(checkpoint, about) if not rank() else None)
     if isinstance(before, ConfigError):
         raise before
     if before is not None:
@@ -546,75 +398,8 @@ def _require_replaceable(path: Path) -> None:
         raise ConfigError(f"The file {path} holds calibrated schedules, which would be lost: choose another name.")
 
 
-def _digest(
-    model: ModelPatcher, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], policy: AdaptivePolicy
-) -> str:
-    """What a training goes on with has to be the same: prompts with all that belongs to them, sizes, schedules, the model.
-
-    Of the model and its patches a few values of each tensor count, but none of a patched weight: it may be in place or not.
-    """
-    found = hashlib.sha256(repr((
-        [list(some) for some in texts], policy.segments, policy.base.family, policy.base.depth, sigmas_of(model, prompts[0]),
-        sorted((str(key), [patch[0] for patch in patches]) for key, patches in model.patches.items()),
-    )).encode())
-    for prompt in prompts:
-        for tensor in _tensors((prompt.latent, prompt.noise_mask, prompt.positive, prompt.negative)):
-            found.update(repr(tuple(tensor.shape)).encode() + tensor.detach().float().cpu().numpy().tobytes())
-    weights = {key: value for key, value in model.model.state_dict().items() if key not in model.patches}
-    held = [[_inner(patch) for patch in model.patches[key]] for key in sorted(model.patches, key=str)]
-    for tensor in _tensors((weights, held)):
-        with contextlib.suppress(RuntimeError, TypeError):  # of a kind that gives no values, such as a packed one
-            found.update(tensor.detach().flatten()[:_FEW].float().cpu().numpy().tobytes())
-    return found.hexdigest()
-
-
-def _inner(patch: Any) -> Any:
-    """What a patch of the host holds: that of an adapter, such as a LoRA, lies in an attribute."""
-    return [getattr(part, "weights", part) for part in patch] if isinstance(patch, (list, tuple)) else patch
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors in lists, tuples, dictionaries and the host's nested latents, in order."""
-    if getattr(value, "is_nested", False):
-        value = value.unbind()
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            yield from _tensors(value[key])
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _tensors(one)
-
-
 def _thinned(curve: Sequence[dict[str, Any]], most: int = 100) -> list[dict[str, Any]]:
     every = -(-len(curve) // most)
     return [
         {key: value if key == "epoch" else [round(one, 5) for one in value] for key, value in row.items()}
         for row in curve[:: max(every, 1)]]
-
-
-def _resumed(checkpoint: Path, about: dict[str, Any]) -> dict[str, Any] | ConfigError | None:
-    """The checkpoint; an error is returned, for all processes to raise."""
-    if not checkpoint.is_file():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
-        same = _extensible(json.loads(state["about"])) == _extensible(json.loads(json.dumps(about)))
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-        return ConfigError(f"Cannot go on from {checkpoint}: it is damaged ({type(error).__name__}). Remove it, or choose "
-                           "another name.")
-    if not same:
-        return ConfigError(f"{checkpoint} is of another training, with other prompts or settings. Remove it, or choose another "
-                           "name.")
-    return state
-
-
-def _extensible(about: dict[str, Any]) -> dict[str, Any]:
-    """Without what only says when to stop: a training that was stopped may be given more time."""
-    settings = {name: value for name, value in about["settings"].items() if name not in ("epochs", "patience")}
-    return about | {"settings": settings}
-
-
-def _batched(numbers: Sequence[int]) -> list[Sequence[int]]:
-    return [numbers[k : k + world()] for k in range(0, len(numbers), world())]

@@ -140,7 +140,7 @@ class _Work:
         return self._sampled[start, train]
 
     def _pictures(self, policy: Any, train: bool, share: bool = True, count: int | None = None) -> Any:
-        from blockdance_core.host.training import Pictures
+        from blockdance_core.host.pictures import Pictures
 
         prompts, texts = self.prompts[train]
         return Pictures(self.demo.model, prompts[:count], texts[:count], policy, self.reward, self.costs, share)

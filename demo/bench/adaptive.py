@@ -73,8 +73,9 @@ class _Sampled:
     """Test captions, the full runs and what the network says of them."""
 
     def __init__(self, demo: Any, policy: Any, options: argparse.Namespace) -> None:
+        from blockdance_core.host.pictures import Pictures
         from blockdance_core.host.rewards import Similarity
-        from blockdance_core.host.training import Pictures, candidates
+        from blockdance_core.host.training import candidates
 
         prompts, batches = runner.batches(
             demo, options, options.split, options.prompts, options.batch, options.seed, 1000 * options.seed)

@@ -26,12 +26,14 @@ from torch import Tensor
 
 from blockdance_core.config import Config, ConfigError
 from blockdance_core.forecast import FORECASTS
+from blockdance_core.host import checkpoint as checkpoints
 from blockdance_core.host import processes as several
 from blockdance_core.host import training
 from blockdance_core.host.attach import attach
+from blockdance_core.host.pictures import Pictures
 from blockdance_core.host.rewards import Fidelity
 from blockdance_core.host.rollout import Prompt, sigmas_of
-from blockdance_core.host.training import Design, Pictures, candidates, designed, measured_costs, train
+from blockdance_core.host.training import Design, candidates, designed, measured_costs, train
 from blockdance_core.policy import AdaptivePolicy, Calibrated, SchedulePolicy, load
 from blockdance_core.policy.training import Settings
 from blockdance_core.schedule import Plan, Reuse
@@ -222,10 +224,10 @@ def test_training_does_not_go_on_with_other_extras_of_a_prompt() -> None:
     for value in (0.0, 1.0):
         like = prompts(1)
         positive = [[text, {**more, "pooled_output": torch.full((1, 4), value)}] for text, more in like[0].positive]
-        digests.add(training._digest(model_of(CASE), [dataclasses.replace(like[0], positive=positive)], [["", ""]], policy))
+        digests.add(checkpoints.digest(model_of(CASE), [dataclasses.replace(like[0], positive=positive)], [["", ""]], policy))
     assert len(digests) == 2
     nested = [NestedTensor((torch.zeros(1, 2), torch.full((1, 3), value))) for value in (0.0, 1.0)]
-    assert [[len(one.flatten()) for one in training._tensors({"latent": [latent]})] for latent in nested] == [[2, 3]] * 2
+    assert [[len(one.flatten()) for one in checkpoints._tensors({"latent": [latent]})] for latent in nested] == [[2, 3]] * 2
 
 
 @pytest.mark.parametrize("name", ["cosmos_t2v", "ltxav", "undeclared"])

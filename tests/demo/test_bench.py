@@ -14,6 +14,7 @@ import torch
 
 from blockdance_core import policy
 from blockdance_core.host import training
+from blockdance_core.host.pictures import Pictures
 from blockdance_core.schedule import follow
 from demo import loader
 from demo.bench import __main__ as program
@@ -433,7 +434,7 @@ def test_page_says_what_the_parts_of_the_training_are_worth() -> None:
     assert "48 test captions, seed 0; 96 pictures to train on, a quarter of them held out, 3 seeds" in text
     assert "| as shipped | all | 0.9500 | 60.0% | 0.9900 | - |" in text
     assert "| rho | 0.4 | 0.9400 | 60.0% | 0.9900 | -0.0100 (-0.0200 to -0.0050) |" in text
-    assert "changes outcomes by 2e-07 at most. Of one batch, all options, in calls of the model: rho = 0.4: 400 in place" in text
+    assert "changes outcomes by 2e-07 at most. Of one batch, all options, in calls of the model: rho = 0.4: 400" in text
     assert "parts of their training" not in page.render(_data(), {})
 
 
@@ -455,8 +456,8 @@ def test_ablation_trains_on_outcomes_that_were_sampled_once(monkeypatch, tmp_pat
         monkeypatch.setattr(ablation, name, value)
     monkeypatch.setattr(training, "one_choice", few)
     sampled = []
-    real = training.Pictures._outcomes
-    monkeypatch.setattr(training.Pictures, "_outcomes", lambda self, k, chosen: sampled.append(k) or real(self, k, chosen))
+    real = Pictures._outcomes
+    monkeypatch.setattr(Pictures, "_outcomes", lambda self, k, chosen: sampled.append(k) or real(self, k, chosen))
     target = tmp_path / "figures.json"
     sizes = ["--prompts", "2", "--train", "4", "--batch", "2", "--threads", "1"]
     assert program.main(["--ablation", *sizes, "--json", str(target)]) == 0

@@ -19,7 +19,8 @@ from PIL import Image
 from blockdance_core.config import ConfigError
 from blockdance_core.host import processes, training
 from blockdance_core.host import train_policy as command
-from blockdance_core.host.training import PUBLISHED, Design, Pictures
+from blockdance_core.host.pictures import Pictures
+from blockdance_core.host.training import PUBLISHED, Design
 from blockdance_core.policy import AdaptivePolicy, load
 from blockdance_core.policy.training import Settings
 from demo import train_policy
