@@ -119,13 +119,16 @@ def groups(data: dict[str, Any]) -> list[Group]:
     found: dict[tuple[Any, ...], list[Point]] = {}
     for point in sorted(data.get("points", ()), key=lambda point: point["cut"]):
         found.setdefault(key(point)[: len(CONDITIONS)], []).append(point)
-    several: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
-    for place in sorted(found, key=lambda place: [(value is not None, value) for value in place]):
-        several.setdefault(place[:2], []).append(place)
-    return [
-        Group(found[place], tuple(name for name, *values in zip(CONDITIONS, *places, strict=True) if len(set(values)) > 1))
-        for places in several.values() for place in places
-    ]
+    places = sorted(found, key=lambda place: [(value is not None, value) for value in place])
+
+    def apart(place: tuple[Any, ...]) -> tuple[str, ...]:
+        """Of those of the same model and steps the sampler tells apart, and of those of the same sampler everything else."""
+        alike = [one for one in places if one[:2] == place[:2]]
+        same = [one for one in alike if one[2] == place[2]]
+        return tuple(
+            name for k, name in enumerate(CONDITIONS) if len({one[k] for one in (alike if name == "sampler" else same)}) > 1)
+
+    return [Group(found[place], apart(place)) for place in places]
 
 
 def ours(points: Sequence[Point]) -> list[Point]:
