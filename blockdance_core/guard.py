@@ -22,9 +22,10 @@ _SAMPLES = 1 << 15
 """Values that a stream is judged by, at most."""
 ORDERS = (0, 1, 2)
 _KEPT = len(ORDERS)
-_PATIENCE = 4
 _LONGEST = 8
 """So many steps may follow a computed one at most."""
+_PATIENCE = 4
+"""After so many steps with streams that were never seen before, it is no longer the beginning."""
 
 
 @dataclasses.dataclass

@@ -124,15 +124,20 @@ def test_fidelity_is_measured_in_decibels() -> None:
     assert reaching(found, 20.0) == [found[2]]
 
 
+def other(nodes: dict[str, Any], *sampling: Any) -> Any:
+    """A further profile: steps, sampler, scheduler and denoise."""
+    model = model_of(CASE)
+    steps, *how = sampling
+    profile, _ = nodes["BlockDanceProfile"].execute(
+        model, *CASE.conds(model), {"samples": CASE.latent(1)}, 1, steps, 3.0, *how, "0.5, 7").result
+    return with_costs(profile)
+
+
 def test_other_calibrations_in_the_file_are_kept_and_the_same_is_replaced(
     calibrate: Any, nodes: dict[str, Any], folder: Path, measured: Any
 ) -> None:
     calibrate.execute(measured, "a", 0.25, 0.0, 0)
-    model = model_of(CASE)
-    positive, negative = CASE.conds(model)
-    other, _ = nodes["BlockDanceProfile"].execute(
-        model, positive, negative, {"samples": CASE.latent(1)}, 1, 5, 3.0, "dpmpp_2m", "karras", 1.0, "0.5, 7").result
-    calibrate.execute(with_costs(other), "a.safetensors", 0.2, 0.0, 0)
+    calibrate.execute(other(nodes, 5, "dpmpp_2m", "karras", 1.0), "a.safetensors", 0.2, 0.0, 0)
     policy, _ = calibrate.execute(measured, "a", 0.5, 0.0, 0).result
     assert [entry.key for entry in policy.entries] == ["dpmpp_2m karras 5", "euler simple 8"]
     assert [entry.cuts for entry in policy.entries] == [(0.2,), (0.5,)]
@@ -144,11 +149,7 @@ def test_calibration_of_a_part_of_the_noise_schedule_does_not_replace_that_of_th
     calibrate: Any, nodes: dict[str, Any], folder: Path, measured: Any
 ) -> None:
     calibrate.execute(measured, "a", 0.25, 0.0, 0)
-    model = model_of(CASE)
-    positive, negative = CASE.conds(model)
-    image_to_image, _ = nodes["BlockDanceProfile"].execute(
-        model, positive, negative, {"samples": CASE.latent(1)}, 1, 8, 3.0, "euler", "simple", 0.5, "0.5, 7").result
-    policy, _ = calibrate.execute(with_costs(image_to_image), "a", 0.25, 0.0, 0).result
+    policy, _ = calibrate.execute(other(nodes, 8, "euler", "simple", 0.5), "a", 0.25, 0.0, 0).result
     whole, part = policy.entries
     assert whole.key == "euler simple 8"
     assert part.key.startswith("euler simple 8 from ")
