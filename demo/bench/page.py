@@ -165,7 +165,7 @@ def _method(data: dict[str, Any]) -> Iterator[str]:
     yield (
         "Every method ran on the same captions, seeds and noise, with full runs in the same process beside it. *Cut* is the "
         "saved share of the model's time: block runs, counted in the blocks themselves, times the measured time of a block, "
-        "and calls times what a call takes beside its blocks. *By the clock* is 1 - time / time of the full runs beside it, "
+        "and runs of the model times what one takes beside them. *By the clock* is 1 - time / time of the full runs beside it, "
         "inside the model's call, with the method's own code, where each call counts with the median of all calls that do "
         "the same work; on a machine that is shared it scatters by ten points and more, so nothing is compared by it. "
         "*Arithmetic* counts the blocks alone. SSIM and "
