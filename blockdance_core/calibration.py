@@ -196,7 +196,7 @@ def front(profile: Profile, lead: int = 1) -> list[Found]:
             if not np.isfinite(here).any():
                 continue
             for size in range(1, min(longest, steps - c) + 1):
-                if size > 1 and (c + size > steps - 1 or c + 1 < lead):
+                if size > 1 and c + 1 < lead:
                     continue
                 for way in range(len(costs)) if size > 1 else (-1,):
                     spent = _UNIT + (costs[way] * (size - 1) if size > 1 else 0)
@@ -251,13 +251,15 @@ def plan_of(profile: Profile, groups: Sequence[tuple[int, int, int]]) -> Plan:
 def neighbours(profile: Profile, plan: Plan, lead: int = 1) -> list[Plan]:
     """Plans in which one computed step comes one step earlier or later."""
     computed = [k for k, row in enumerate(plan) if row is None]
-    ways = {k: profile.boundaries.index(plan[k + 1].boundary) for k in computed[:-1] if plan[k + 1] is not None}  # type: ignore[union-attr]
+    ways = {k: profile.boundaries.index(plan[k + 1].boundary) for k in computed if k + 1 < len(plan) and plan[k + 1] is not None}  # type: ignore[union-attr]
     default = int(np.argmax(profile.boundaries))
     found = []
-    for index, k in enumerate(computed[1:-1], 1):
+    for index, k in enumerate(computed[1:], 1):
         for to in (k - 1, k + 1):
             if lead <= min(k, to) and to not in computed:
                 moved = [*computed[:index], to, *computed[index + 1 :]]
+                if to >= profile.steps:
+                    continue
                 ends = [*moved[1:], profile.steps]
                 found.append(plan_of(profile, [
                     (c, end - c, ways.get(computed[i], default)) for i, (c, end) in enumerate(zip(moved, ends, strict=True))

@@ -106,7 +106,7 @@ def follow(plan: Plan) -> Schedule:
     the end of the last.
     """
     groups: list[tuple[list[int], list[Reuse]]] = []
-    for k, row in enumerate(plan[:-1]):
+    for k, row in enumerate(plan):
         if row is None:
             groups.append(([k], []))
         elif groups:

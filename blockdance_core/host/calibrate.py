@@ -22,10 +22,7 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 log = logging.getLogger(__name__)
-CUTS = (
-    0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45,
-    0.5, 0.525, 0.55, 0.575, 0.6, 0.625, 0.65, 0.675, 0.7, 0.725, 0.75, 0.775, 0.8, 0.825,
-)
+CUTS = tuple(percent / 100 for percent in (*range(15, 50, 5), *range(50, 86, 2)))
 _LEADS = (0.0, 0.1, 0.15, 0.2, 0.3)
 """Shares of the steps that are computed first, to choose from: a program that adds errors up underrates early ones."""
 _TOLERANCE = 0.02

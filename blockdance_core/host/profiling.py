@@ -66,7 +66,7 @@ def measure(
     errors[..., 0] = 0.0
     times: list[list[float]] = [[] for _ in boundaries]
     for v, c, i in groups(steps, len(boundaries), lags):
-        stop = min(c + longest, steps - 1)
+        stop = min(c + longest, steps)
         plan, replayed = _alone(c, stop, lags[i], boundaries[v], forecasts[v][c][i], steps)
         run = rollouts.run(plan, replayed, until=stop)
         errors[:, v, c, i, 1 : stop - c] = rollouts.distances(run)[c + 2 : stop + 1].T
@@ -81,7 +81,7 @@ def measure(
 
 def groups(steps: int, ways: int, lags: Sequence[int] = LAGS) -> list[tuple[int, int, int]]:
     """The groups to measure: boundary, computed step and lag, as indices."""
-    return [(v, c, i) for v in range(ways) for c in range(steps - 2) for i, lag in enumerate(lags) if lag <= max(c, 1)]
+    return [(v, c, i) for v in range(ways) for c in range(steps - 1) for i, lag in enumerate(lags) if lag <= max(c, 1)]
 
 
 def probes(steps: int) -> list[int]:
