@@ -180,7 +180,7 @@ def front(profile: Profile, lead: int = 1) -> list[Found]:
 
     Args:
         profile: What reuse costs.
-        lead: So many steps at the beginning are computed, and so is the last.
+        lead: So many steps at the beginning are computed.
     """
     steps, longest = profile.steps, profile.errors.shape[4]
     losses = np.nan_to_num(profile.losses(), nan=np.inf, posinf=np.inf)

@@ -102,8 +102,7 @@ def follow(plan: Plan) -> Schedule:
     """The schedule of an explicit plan.
 
     Each run of reuse steps is a group with the computed step before it. Its first boundary holds for all of it, and
-    whatever stands before the first computed step, or in the last step, is computed. The window goes from the first group to
-    the end of the last.
+    whatever stands before the first computed step is computed. The window goes from the first group to the end of the last.
     """
     groups: list[tuple[list[int], list[Reuse]]] = []
     for k, row in enumerate(plan):
@@ -144,7 +143,7 @@ def build(effective: Effective, levels: Sequence[float], everywhere: bool = Fals
             return Schedule((Step(),) * count, inside, (f"{few}: neighbouring steps differ too much, all computed",))
         warnings.append(f"{few}: expect visible differences")
     if everywhere:
-        planned = follow([None, *[Reuse(effective.boundary, FORECASTS["taylor2"])] * (count - 1)])
+        planned = follow([None, *[Reuse(effective.boundary, FORECASTS["taylor2"])] * (count - 2), None][:count])
         return dataclasses.replace(planned, window=inside)
     groups = _groups(_eligible(effective, levels, count, inside), effective.group_size)
     if not groups:

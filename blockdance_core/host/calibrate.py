@@ -72,7 +72,7 @@ def profiled(
         raise ValueError(f"boundaries {list(boundaries)} must be 0 to {depth - 1}: this model has {depth} blocks")
     steps = len(sigmas_of(model, prompts[0])) - 1
     if steps < _FEWEST:
-        raise ValueError(f"A run of {max(steps, 0)} steps has none to reuse: the first and the last are always computed. "
+        raise ValueError(f"A run of {max(steps, 0)} steps is too short to find out what a reuse step costs. "
                          f"Choose {_FEWEST} or more.")
     each = len(profiling.groups(steps, len(boundaries), profiling.LAGS)) + len(profiling.probes(steps)) + 2
     done = 0
@@ -132,10 +132,11 @@ def calibrated(
         if not plans and len(cuts) == 1:  # few steps have few cuts
             reusing = [(abs(one.cut - cut), lead, one.plan) for lead, of in fronts.items() for one in of if any(one.plan)]
             plans = {plan: lead for _, lead, plan in sorted(reusing, key=lambda row: row[:2])[:1]}
-        plans |= {expanded(plan): lead for plan, lead in plans.items()}  # where the fit does not hold
         if plans:
             best = min((check(plan) for plan in plans), key=lambda one: one.score)
-            found.append(_climbed(profile, best, check, plans[best.plan], tries if cut >= 0.6 else 0))
+            climbed = _climbed(profile, best, check, plans[best.plan], tries if cut >= 0.6 else 0)
+            unfitted = check(expanded(climbed.plan))  # where the fit does not hold
+            found.append(min(climbed, unfitted, key=lambda one: one.score))
         progress(done + 1, len(cuts))
     return unbeaten((one for one in found if one.cut > 0 and math.isfinite(one.loss)), lambda one: (one.cut, one.score))
 

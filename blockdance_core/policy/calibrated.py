@@ -130,8 +130,8 @@ class Calibrated:
             levels: Shares of the noise schedule at the start of every step and at the end of the last, ascending.
 
         Returns:
-            One row a step. The first and the last are computed; of a run that begins part-way, the first two; and every
-            one that starts outside the calibrated levels.
+            One row a step. The first is computed, of a run that begins part-way the first two; so is every one that
+            starts outside the calibrated levels, and the last, unless the plan reuses its own and the run ends there.
         """
         count = len(levels) - 1
         if self.same(levels):
@@ -140,7 +140,7 @@ class Calibrated:
         reused = [j for j, row in enumerate(plan) if row]
         if not reused:
             return (None,) * count
-        knots = [j for j, row in enumerate(plan) if row is None or j in (0, self.steps - 1)] + [self.steps]
+        knots = [j for j, row in enumerate(plan) if row is None or j == 0] + [self.steps]
         scale = self.whole(levels) / self.steps
         positions = [self.position(level) for level in levels]
         passed = [_between(knots, position) for position in positions]
@@ -149,9 +149,10 @@ class Calibrated:
         counts = list(itertools.accumulate(
             (min(factor * gain, 1.0) for gain in gains), initial=scale * passed[0] - _ROUNDING))
         lead = 2 if part_way(levels) else 1
+        stop = count if plan[-1] and levels[-1] >= self.levels[-1] - SAME_LEVEL else count - 1
         computed = {
             k for k in range(count)
-            if k < lead or k == count - 1 or self.outside(*levels[k : k + 2]) or math.ceil(counts[k]) < counts[k + 1]
+            if k < lead or k >= stop or self.outside(*levels[k : k + 2]) or math.ceil(counts[k]) < counts[k + 1]
         }
 
         def nearest(position: float) -> Reuse | None:

@@ -22,7 +22,7 @@ RESIDUAL = Forecast(anchored=True)
 
 
 def uniform(steps: int, interval: int, reuse: Reuse, first: int = 0) -> Plan:
-    """Compute every `interval`-th step from step `first` on, and every step before it; our engine computes the last, too."""
+    """Compute every `interval`-th step from step `first` on, and every step before it."""
     return tuple(None if k < first or (k - first) % interval == 0 else reuse for k in range(steps))
 
 

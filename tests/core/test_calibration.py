@@ -39,7 +39,7 @@ def profile(steps: int = STEPS, seed: int = 0, prompts: int = 3) -> Profile:
     errors = rng.uniform(0.1, 1, (prompts, len(BOUNDARIES), steps, len(lags), LONGEST)).cumsum(-1)
     errors[..., 0] = 0
     for c, i in itertools.product(range(steps), range(len(lags))):
-        errors[:, :, c, i, max(1, steps - 1 - c):] = np.nan  # the last step is computed
+        errors[:, :, c, i, max(1, steps - c):] = np.nan  # behind the run
         if lags[i] > max(c, 1):
             errors[:, :, c, i] = np.nan
     residuals = rng.normal(size=(len(BOUNDARIES), steps, 20))
@@ -53,14 +53,14 @@ def sigmas_of(steps: int) -> tuple[float, ...]:
 
 
 def every_way(steps: int, lead: int) -> list[list[tuple[int, int, int]]]:
-    """Every list of groups (computed step, size, way) with the first `lead` steps and the last computed."""
+    """Every list of groups (computed step, size, way) with the first `lead` steps computed."""
     @functools.cache
     def behind(c: int) -> list[list[tuple[int, int, int]]]:
         if c == steps:
             return [[]]
         return [
             [(c, size, way), *rest] for size in range(1, min(LONGEST, steps - c) + 1)
-            if size == 1 or (c + size < steps and c + 1 >= lead)
+            if size == 1 or c + 1 >= lead
             for way in (range(len(BOUNDARIES)) if size > 1 else (0,)) for rest in behind(c + size)
         ]
 
@@ -104,10 +104,19 @@ def test_front_ascends_and_what_saves_more_costs_more() -> None:
 
 
 @pytest.mark.parametrize("lead", [1, 2, 4])
-def test_first_steps_and_the_last_are_computed(lead: int) -> None:
-    for one in front(profile(), lead):
-        assert not any(one.plan[:lead])
-        assert one.plan[-1] is None
+def test_first_steps_are_computed(lead: int) -> None:
+    assert all(not any(one.plan[:lead]) for one in front(profile(), lead))
+
+
+def test_last_step_is_reused_where_that_costs_nothing_and_computed_where_nothing_may_be_lost_there() -> None:
+    one = profile()
+    errors = one.errors.copy()
+    errors[:, :, STEPS - 2, :, 1] = 0.0
+    assert front(dataclasses.replace(one, errors=errors))[0].plan[-1] is not None
+    for c in range(STEPS - LONGEST, STEPS):
+        errors[:, :, c, :, STEPS - c - 1] = 1e3
+    errors[:, :, STEPS - 1] = 0.0  # a group of one
+    assert all(found.plan[-1] is None for found in front(dataclasses.replace(one, errors=errors))[:5])
 
 
 def groups_of(plan: Plan) -> list[tuple[int, int]]:

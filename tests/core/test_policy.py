@@ -167,6 +167,20 @@ def test_fitted_plan_keeps_its_share_and_its_ends(steps: int, first: float, powe
         assert set("r") & set(text) and text.find("r") > plan.window[0]
 
 
+@pytest.mark.parametrize(("steps", "last", "reused"), [
+    (20, 1.0, True), (40, 1.0, True), (33, 1.0, True), (20, 0.9, False), (40, 0.5, False),
+])
+def test_last_step_is_reused_only_where_the_plan_reuses_its_own_and_the_run_ends_there(
+    steps: int, last: float, reused: bool
+) -> None:
+    source = entry(plans=(plan_of("CCCr" * 5, SLOW),), cuts=(0.25,), losses=(0.0,))
+    plan = at_speed(even(steps, 0.0, last), 2, "euler", source)
+    assert (plan.steps[-1].decision == "reuse") == reused
+    assert abs(computed(plan) - 0.75 * steps) <= 2
+    computing = entry(plans=(plan_of("CCCr" * 4 + "CCr.", SLOW),), cuts=(0.25,), losses=(0.0,))
+    assert at_speed(even(steps, 0.0, last), 2, "euler", computing).steps[-1].decision == "compute"
+
+
 def test_twice_the_steps_are_computed_as_densely_not_in_longer_groups() -> None:
     plan = at_speed(even(40))
     assert computed(plan) == pytest.approx(2 * PLANS[20][1].count("."), abs=16)

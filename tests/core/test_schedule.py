@@ -181,13 +181,14 @@ def records(forecast: str, start: float) -> Sequence[int]:
     return [k for k, step in enumerate(plan.steps) if step.record]
 
 
-def test_explicit_plan_is_followed_and_the_last_step_and_a_reuse_without_a_feature_are_computed() -> None:
+def test_explicit_plan_is_followed_to_the_last_step_and_a_reuse_without_a_feature_is_computed() -> None:
     low, high = Reuse(3, FORECASTS["taylor"]), Reuse(7, FORECASTS["delta"])
-    plan = follow([low, None, low, low, None, None, high, None, None, low])
-    assert letters(plan) == ".Crr.Cr..."
-    assert [step.boundary for step in plan.steps] == [None, 3, 3, 3, None, 7, 7, None, None, None]
-    assert [step.record for step in plan.steps] == [(3,), (3,), (), (), (), (7,), (), (), (), ()]
-    assert [step.forecast for step in plan.steps if step.forecast] == [low.forecast, low.forecast, high.forecast]
+    plan = follow([low, None, low, low, None, None, high, None, None, high])
+    assert letters(plan) == ".Crr.Cr.Cr"
+    assert [step.boundary for step in plan.steps] == [None, 3, 3, 3, None, 7, 7, None, 7, 7]
+    assert [step.record for step in plan.steps] == [(3,), (3,), (), (), (), (7,), (), (), (7,), ()]
+    assert [step.forecast for step in plan.steps if step.forecast] == [
+        low.forecast, low.forecast, high.forecast, high.forecast]
     assert (plan.kept, plan.anchored) == (2, True)
 
 

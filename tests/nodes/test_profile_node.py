@@ -170,14 +170,14 @@ def test_profile_measures_every_step_lag_and_boundary_and_says_so(node: Any) -> 
     assert profile.boundaries == (5, 7)
     assert profile.errors.shape == (2, 2, 5, len(profiling.LAGS), profiling.LONGEST)
     for v, c, i in profiling.groups(5, 2):
-        assert np.isfinite(profile.errors[:, v, c, i, : 4 - c]).all()
-        assert (profile.errors[:, v, c, i, 1 : 4 - c] > 0).all()
-    assert np.isnan(profile.errors[:, :, 3, :, 1:]).all()  # its successor is the last step
+        assert np.isfinite(profile.errors[:, v, c, i, : 5 - c]).all()
+        assert (profile.errors[:, v, c, i, 1 : 5 - c] > 0).all()
+    assert np.isnan(profile.errors[:, :, 4, :, 1:]).all()  # the last step
     assert {key: report[key] for key in ("steps", "sampler", "scheduler", "prompts", "samples", "boundaries")} == {
         "steps": 5, "sampler": "euler", "scheduler": "simple", "prompts": 1, "samples": 2, "boundaries": [5, 7],
     }
     assert len(report["errors"]) == len(report["costs"]) == 2
-    assert [value is None for value in report["errors"][0]] == [False] * 3 + [True] * 2
+    assert [value is None for value in report["errors"][0]] == [False] * 4 + [True]
     assert report["rollouts"] == measured.rollouts == 2 + len(profiling.groups(5, 2)) + len(profiling.probes(5))
     assert report["seconds"] > 0
     with pytest.raises(dataclasses.FrozenInstanceError):
