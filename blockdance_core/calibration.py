@@ -30,6 +30,8 @@ _RIDGE = 1e-5
 """How much fitted weights keep to the best expansion, as a share of what a stored residual weighs."""
 Forecasts = Sequence[Sequence[Sequence[Sequence["Forecast | None"]]]]
 """The best forecast for the j-th step of a group, at [v][c][lag][j]; None where there is none."""
+Group = tuple[int, int, int]
+"""Computed step, number of steps, and way to reuse: index of a boundary."""
 _UNIT = 24
 """Budgets are counted in this many parts of a step."""
 
@@ -69,11 +71,11 @@ class Profile:
         return min(range(len(self.lags)), key=lambda i: abs(self.lags[i] - lag))
 
     def losses(self) -> np.ndarray:
-        """Mean squared error at the end of the run that each group causes, [V, steps, lags, longest]."""
+        """Mean squared error at the end of the run that each group causes, [V, steps, lags, longest]; else infinite."""
         steps, longest = self.errors.shape[2], self.errors.shape[4]
         ends = np.minimum(np.arange(steps)[:, None] + np.arange(1, longest + 1), steps)
         gains = self.gains[:, ends][:, None, :, None, :]
-        return np.asarray(np.square(self.errors * gains).mean(0))
+        return np.nan_to_num(np.square(self.errors * gains).mean(0), nan=np.inf, posinf=np.inf)
 
 
 def best_forecast(gram: np.ndarray, sigmas: Sequence[float], nodes: Sequence[int], step: int) -> Forecast | None:
@@ -183,7 +185,7 @@ def front(profile: Profile, lead: int = 1) -> list[Found]:
         lead: So many steps at the beginning are computed.
     """
     steps, longest = profile.steps, profile.errors.shape[4]
-    losses = np.nan_to_num(profile.losses(), nan=np.inf, posinf=np.inf)
+    losses = profile.losses()
     costs = [min(max(1, round(cost * _UNIT)), _UNIT) for cost in profile.costs]
     budgets = steps * _UNIT + 1
     # best[c, lag, b]: least loss of arriving at the computed step c with b spent, the one before it `lag` earlier
@@ -206,7 +208,7 @@ def front(profile: Profile, lead: int = 1) -> list[Found]:
                     better = arrived < there
                     there[better] = arrived[better]
                     came[c + size, size, better] = (lag, way)
-    found: list[tuple[float, float, list[tuple[int, int, int]]]] = []
+    found: list[tuple[float, float, list[Group]]] = []
     for budget in range(budgets - 1, -1, -1):
         lag = int(best[steps, :, budget].argmin())
         loss = float(best[steps, lag, budget])
@@ -226,7 +228,7 @@ def unbeaten(found: Iterable[T], cut_and_loss: Callable[[T], tuple[float, float]
     return kept[::-1]
 
 
-def _backwards(steps: int, came: np.ndarray, lag: int, budget: int, costs: Sequence[int]) -> list[tuple[int, int, int]]:
+def _backwards(steps: int, came: np.ndarray, lag: int, budget: int, costs: Sequence[int]) -> list[Group]:
     groups = []
     c = steps
     while c > 0:
@@ -237,8 +239,8 @@ def _backwards(steps: int, came: np.ndarray, lag: int, budget: int, costs: Seque
     return groups[::-1]
 
 
-def plan_of(profile: Profile, groups: Sequence[tuple[int, int, int]]) -> Plan:
-    """The plan of groups (computed step, size, way), with the best forecasts for exactly these computed steps."""
+def plan_of(profile: Profile, groups: Sequence[Group]) -> Plan:
+    """The plan of groups, with the best forecasts for exactly these computed steps."""
     rows: list[Reuse | None] = []
     nodes: list[int] = []
     for c, size, way in groups:
@@ -248,20 +250,33 @@ def plan_of(profile: Profile, groups: Sequence[tuple[int, int, int]]) -> Plan:
     return tuple(rows)
 
 
-def neighbours(profile: Profile, plan: Plan, lead: int = 1) -> list[Plan]:
-    """Plans in which one computed step comes one step earlier or later."""
+def groups_of(profile: Profile, plan: Plan) -> list[Group]:
+    """The groups of a plan."""
     computed = [k for k, row in enumerate(plan) if row is None]
-    ways = {k: profile.boundaries.index(plan[k + 1].boundary) for k in computed if k + 1 < len(plan) and plan[k + 1] is not None}  # type: ignore[union-attr]
-    default = int(np.argmax(profile.boundaries))
-    found = []
-    for index, k in enumerate(computed[1:], 1):
-        for to in (k - 1, k + 1):
-            if lead <= min(k, to) and to not in computed:
-                moved = [*computed[:index], to, *computed[index + 1 :]]
-                if to >= profile.steps:
-                    continue
-                ends = [*moved[1:], profile.steps]
-                found.append(plan_of(profile, [
-                    (c, end - c, ways.get(computed[i], default)) for i, (c, end) in enumerate(zip(moved, ends, strict=True))
-                ]))
-    return found
+    behind = [plan[k + 1] if k + 1 < len(plan) else None for k in computed]
+    ways = [profile.boundaries.index(row.boundary) if row else int(np.argmax(profile.boundaries)) for row in behind]
+    return [(c, end - c, way) for c, end, way in zip(computed, [*computed[1:], len(plan)], ways, strict=True)]
+
+
+def neighbours(profile: Profile, plan: Plan) -> list[Plan]:
+    """Plans in which one computed step comes one step earlier or later."""
+    groups, sizes = groups_of(profile, plan), range(1, profile.errors.shape[4] + 1)
+    return [
+        plan_of(profile, [*groups[:i], (c, size + by, way), (d + by, wide - by, wise), *groups[i + 2 :]])
+        for i, ((c, size, way), (d, wide, wise)) in enumerate(itertools.pairwise(groups))
+        for by in (-1, 1) if size + by in sizes and wide - by in sizes
+    ]
+
+
+def denser(profile: Profile, plan: Plan) -> Plan:
+    """The plan with one more computed step, where that is expected to lower the error most; itself, if it reuses nothing."""
+    groups, losses = groups_of(profile, plan), profile.losses()
+
+    def expected(some: Sequence[Group]) -> float:
+        lags = [1, *(size for _, size, _ in some)]
+        rows = zip(lags, some, strict=False)
+        return sum(float(losses[way, c, profile.nearest(lag), size - 1]) for lag, (c, size, way) in rows if size > 1)
+
+    split = [[*groups[:i], (c, j, way), (c + j, size - j, way), *groups[i + 1 :]]
+             for i, (c, size, way) in enumerate(groups) for j in range(1, size)]
+    return plan_of(profile, min(split, key=expected)) if split else plan

@@ -123,10 +123,10 @@ def build(effective: Effective, levels: Sequence[float], everywhere: bool = Fals
         effective: The settings in force.
         levels: For each executed step the noise level at its start, and the level at the end of the last: share of
             the model's noise schedule already passed, 0 (pure noise) to 1 (clean). n + 1 values for n steps.
-        everywhere: Plan one group of all steps, of which a guard says which reuse.
+        everywhere: Plan one group of all steps, the last among them, of which a guard says which reuse.
 
     Returns:
-        The schedule. The last step is always computed. A run that starts part-way (img2img, the second of two
+        The schedule. Without a guard the last step is always computed. A run that starts part-way (img2img, the second of two
         samplers) computes at least its first two steps. A `noise_level` window also computes at least
         `start_percent / 2` of the executed steps first: on some schedulers 40 % noise level comes after one step.
 
@@ -143,7 +143,7 @@ def build(effective: Effective, levels: Sequence[float], everywhere: bool = Fals
             return Schedule((Step(),) * count, inside, (f"{few}: neighbouring steps differ too much, all computed",))
         warnings.append(f"{few}: expect visible differences")
     if everywhere:
-        planned = follow([None, *[Reuse(effective.boundary, FORECASTS["taylor2"])] * (count - 2), None][:count])
+        planned = follow([None, *[Reuse(effective.boundary, FORECASTS["taylor2"])] * (count - 1)])
         return dataclasses.replace(planned, window=inside)
     groups = _groups(_eligible(effective, levels, count, inside), effective.group_size)
     if not groups:

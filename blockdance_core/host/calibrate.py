@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blockdance_core import families
-from blockdance_core.calibration import Found, Profile, chosen, front, merged, neighbours, unbeaten
+from blockdance_core.calibration import Found, Profile, chosen, denser, front, merged, neighbours, unbeaten
 from blockdance_core.host import profiling
 from blockdance_core.host.rollout import Prompt, Rollouts, function_of, levels_of, sigmas_of
 from blockdance_core.policy import Calibrated
@@ -26,6 +26,7 @@ CUTS = tuple(percent / 100 for percent in (*range(15, 50, 5), *range(50, 86, 2))
 _LEADS = (0.0, 0.1, 0.15, 0.2, 0.3)
 """Shares of the steps that are computed first, to choose from: a program that adds errors up underrates early ones."""
 _TOLERANCE = 0.02
+_HIGH = 0.4
 _FEWEST = 3
 SATURATION = 0.1
 """Squared error, as a share of the variance, at which a picture counts as half lost."""
@@ -109,36 +110,44 @@ def calibrated(
         profile: What reuse costs.
         checks: Prompts to check on.
         cuts: Shares of the time to save.
-        tries: Further runs for each cut from .6 on, which move one computed step at a time.
+        tries: Further runs for each cut from .4 on, which move one computed step at a time.
         progress: Told how many of how many cuts are done.
     """
-    steps = profile.steps
-    leads = sorted({max(1, round(share * steps)) for share in _LEADS})
-    fronts = {lead: front(profile, lead) for lead in leads}
+    fronts = [front(profile, lead) for lead in sorted({max(1, round(share * profile.steps)) for share in _LEADS})]
     cost = dict(zip(profile.boundaries, profile.costs, strict=True))
     known: dict[Plan, Checked] = {}
+
+    def saved(plan: Plan) -> float:
+        return sum(1 - cost[row.boundary] for row in plan if row) / profile.steps
 
     def check(plan: Plan) -> Checked:
         if plan not in known:
             share = np.concatenate([one.errors(one.run(plan)).numpy() for one in checks])
-            cut = sum(1 - cost[row.boundary] for row in plan if row) / steps
             lost = np.where(np.isfinite(share), share / (share + SATURATION), 1.0)
-            known[plan] = Checked(plan, cut, float(share.mean()), float(lost.mean()))
+            known[plan] = Checked(plan, saved(plan), float(share.mean()), float(lost.mean()))
         return known[plan]
 
     found: list[Checked] = []
-    for done, cut in enumerate(cuts):
-        plans = {one.plan: lead for lead, of in reversed(fronts.items()) for one in _near(of, cut)}
+    for done, cut in enumerate(sorted(cuts, reverse=True)):
+        plans = [one.plan for of in fronts for one in _near(of, cut)]
+        if found:
+            slower = found[-1].plan
+            while saved(slower) > cut + _TOLERANCE:
+                slower = denser(profile, slower)
+            plans += [slower] if saved(slower) >= cut - _TOLERANCE else []
         if not plans and len(cuts) == 1:  # few steps have few cuts
-            reusing = [(abs(one.cut - cut), lead, one.plan) for lead, of in fronts.items() for one in of if any(one.plan)]
-            plans = {plan: lead for _, lead, plan in sorted(reusing, key=lambda row: row[:2])[:1]}
+            reusing = [one for of in fronts for one in of if any(one.plan)]
+            plans = [min(reusing, key=lambda one: abs(one.cut - cut)).plan] if reusing else []
         if plans:
-            best = min((check(plan) for plan in plans), key=lambda one: one.score)
-            climbed = _climbed(profile, best, check, plans[best.plan], tries if cut >= 0.6 else 0)
-            unfitted = check(expanded(climbed.plan))  # where the fit does not hold
-            found.append(min(climbed, unfitted, key=lambda one: one.score))
+            best = _climbed(profile, min(map(check, plans), key=_score), check, tries if cut >= _HIGH else 0)
+            unfitted = check(expanded(best.plan))  # where the fit does not hold
+            found.append(min(best, unfitted, key=_score))
         progress(done + 1, len(cuts))
     return unbeaten((one for one in found if one.cut > 0 and math.isfinite(one.loss)), lambda one: (one.cut, one.score))
+
+
+def _score(one: Checked) -> float:
+    return one.score
 
 
 def _near(found: Sequence[Found], cut: float) -> list[Found]:
@@ -146,17 +155,15 @@ def _near(found: Sequence[Found], cut: float) -> list[Found]:
     return [min(near, key=lambda one: abs(one.cut - cut))] if near else []
 
 
-def _climbed(
-    profile: Profile, best: Checked, check: Callable[[Plan], Checked], lead: int, tries: int
-) -> Checked:
-    open_ = neighbours(profile, best.plan, lead)
+def _climbed(profile: Profile, best: Checked, check: Callable[[Plan], Checked], tries: int) -> Checked:
+    open_ = neighbours(profile, best.plan)
     rng = np.random.default_rng(0)
     for _ in range(tries):
         if not open_:
             break
         tried = check(open_.pop(int(rng.integers(len(open_)))))
         if tried.score < best.score:
-            best, open_ = tried, neighbours(profile, tried.plan, lead)
+            best, open_ = tried, neighbours(profile, tried.plan)
     return best
 
 

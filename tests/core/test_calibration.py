@@ -18,7 +18,9 @@ from blockdance_core.calibration import (
     Profile,
     best_forecast,
     chosen,
+    denser,
     front,
+    groups_of,
     load_profile,
     merged,
     neighbours,
@@ -119,7 +121,7 @@ def test_last_step_is_reused_where_that_costs_nothing_and_computed_where_nothing
     assert all(found.plan[-1] is None for found in front(dataclasses.replace(one, errors=errors))[:5])
 
 
-def groups_of(plan: Plan) -> list[tuple[int, int]]:
+def groups_of_steps(plan: Plan) -> list[tuple[int, int]]:
     starts = [k for k, row in enumerate(plan) if row is None]
     return [(start, end - start) for start, end in zip(starts, [*starts[1:], len(plan)], strict=True)]
 
@@ -128,7 +130,7 @@ def test_plans_are_followed_as_they_are_and_have_one_boundary_a_group() -> None:
     for one in front(profile()):
         steps = follow(one.plan).steps
         assert [step.decision == REUSE for step in steps] == [row is not None for row in one.plan]
-        for start, size in groups_of(one.plan):
+        for start, size in groups_of_steps(one.plan):
             assert len({row.boundary for row in one.plan[start + 1:start + size]}) <= 1
 
 
@@ -143,20 +145,46 @@ def test_plan_of_takes_the_best_forecasts_for_exactly_its_computed_steps() -> No
     assert [[age for age, _ in row.forecast.fitted] for row in plan if row] == [[1, 2], [2, 3], [1, 4, 5]]
 
 
-def test_neighbours_move_one_computed_step_and_keep_lead_and_end() -> None:
+def test_groups_of_a_plan_give_it_back() -> None:
     one = profile()
-    for lead in (1, 2):
-        for found in front(one, lead):
-            before = {k for k, row in enumerate(found.plan) if row is None}
-            for plan in neighbours(one, found.plan, lead):
-                after = {k for k, row in enumerate(plan) if row is None}
-                assert len(plan) == STEPS
-                assert len(after) == len(before)
-                gone, new = before - after, after - before
-                assert len(gone) == len(new) == 1
-                assert abs(gone.pop() - new.pop()) == 1
-                assert not any(plan[:lead])
-                assert plan[-1] is None
+    assert groups_of(one, (None,) * 3) == [(0, 1, 1), (1, 1, 1), (2, 1, 1)]
+    for found in front(one):
+        assert plan_of(one, groups_of(one, found.plan)) == found.plan
+
+
+def test_neighbours_move_one_computed_step_but_the_first() -> None:
+    one = profile()
+    for found in front(one):
+        before = {k for k, row in enumerate(found.plan) if row is None}
+        reached = set()
+        for plan in neighbours(one, found.plan):
+            after = {k for k, row in enumerate(plan) if row is None}
+            assert len(plan) == STEPS
+            assert plan[0] is None
+            (gone,), (new,) = before - after, after - before
+            assert abs(gone - new) == 1
+            reached.add((gone, new))
+            assert max(size for _, size in groups_of_steps(plan)) <= LONGEST
+        free = {(k, to) for k in before - {0} for to in (k - 1, k + 1) if to not in before and to < STEPS}
+        assert reached <= free
+        assert free == reached or any(size == LONGEST for _, size in groups_of_steps(found.plan))
+
+
+def test_denser_plan_computes_the_one_step_more_that_lowers_the_expected_error_most() -> None:
+    one = profile()
+    for found in front(one):
+        groups = groups_of(one, found.plan)
+        plan = denser(one, found.plan)
+        if not any(found.plan):
+            assert plan == found.plan
+            continue
+        before, after = ({k for k, row in enumerate(rows) if row is None} for rows in (found.plan, plan))
+        assert before < after
+        assert len(after) == len(before) + 1
+        best = min(
+            expected(one, [*groups[:i], (c, j, way), (c + j, size - j, way), *groups[i + 1 :]])[1]
+            for i, (c, size, way) in enumerate(groups) for j in range(1, size))
+        assert expected(one, groups_of(one, plan))[1] == pytest.approx(best)
 
 
 def gram_of(residuals: np.ndarray) -> np.ndarray:
