@@ -75,7 +75,7 @@ class Profile:
         steps, longest = self.errors.shape[2], self.errors.shape[4]
         ends = np.minimum(np.arange(steps)[:, None] + np.arange(1, longest + 1), steps)
         gains = self.gains[:, ends][:, None, :, None, :]
-        return np.nan_to_num(np.square(self.errors * gains).mean(0), nan=np.inf, posinf=np.inf)
+        return np.asarray(np.nan_to_num(np.square(self.errors * gains).mean(0), nan=np.inf, posinf=np.inf))
 
 
 def best_forecast(gram: np.ndarray, sigmas: Sequence[float], nodes: Sequence[int], step: int) -> Forecast | None:
