@@ -16,7 +16,6 @@ from demo.options import POLICIES
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2)
 MULTISTEP = ("dpmpp_2m", "uni_pc", "res_multistep")
 GROUP_SIZES = (2, 3, 4)
-TOLERANCES = (0.02, 0.05, 0.09, 0.6, 1.0, 2.0)
 INTERVALS = (2, 3, 4, 5, 6)
 HOST_THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 TEACACHE_THRESHOLDS = (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8, 1.4)
@@ -96,13 +95,11 @@ def calibrated(case: Case) -> Iterator[Setting]:
 
 
 def guarded(case: Case) -> Iterator[Setting]:
-    """The online guard at each quality and at other tolerances; nothing of it is calibrated."""
+    """The online guard at each quality; nothing of it is calibrated."""
     from blockdance_core.config import QUALITIES
 
     for quality in list(QUALITIES)[1:]:
         yield Setting(quality, attached(quality=quality))
-    for tolerance in TOLERANCES:
-        yield Setting(f"tolerance={tolerance:g}", attached(quality="draft", tolerance=tolerance))
 
 
 def _fewer(sampler: str | None) -> Method:

@@ -21,11 +21,9 @@ JSON, PAGE = DOCS / "benchmarks.json", DOCS / "benchmarks.md"
 UPDATE = "python dev.py bench --report"
 OURS = "ours-"
 REACHABLE = (
-    "Of ours only settings count that a user can reach: N, **quality**, and **cut** of *Load BlockDance Policy*, which picks "
-    "any calibrated level. The guard's other tolerances (`tolerance=`) stand in the tables and plots alone."
+    "A user reaches every setting of ours: by N, **quality**, or **cut** of *Load BlockDance Policy*, which picks any "
+    "calibrated level."
 )
-OUT_OF_USERS_REACH = "tolerance="
-"""How settings of ours begin that no input of a node makes: shown, but in no goal and no duel."""
 CONDITIONS = ("model", "steps", "sampler", "scheduler", "cfg", "split", "difficulty", "seed", "batch", "n", "threads")
 """What points must have in common to be compared."""
 KEY = (*CONDITIONS, "method", "setting")
@@ -132,9 +130,8 @@ def groups(data: dict[str, Any]) -> list[Group]:
 
 
 def ours(points: Sequence[Point]) -> list[Point]:
-    """Those of this pack that a user can have, too."""
-    return [point for point in points
-            if point["method"].startswith(OURS) and not point["setting"].startswith(OUT_OF_USERS_REACH)]
+    """Those of this pack."""
+    return [point for point in points if point["method"].startswith(OURS)]
 
 
 def duels(points: Sequence[Point]) -> list[Duel]:
