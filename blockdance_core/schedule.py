@@ -126,8 +126,8 @@ def build(effective: Effective, levels: Sequence[float], everywhere: bool = Fals
         everywhere: Plan one group of all steps, the last among them, of which a guard says which reuse.
 
     Returns:
-        The schedule. Without a guard the last step is always computed. A run that starts part-way (img2img, the second of two
-        samplers) computes at least its first two steps. A `noise_level` window also computes at least
+        The schedule. Unless `everywhere`, the last step is computed. A run that starts part-way (img2img, the second of
+        two samplers) computes at least its first two steps. A `noise_level` window also computes at least
         `start_percent / 2` of the executed steps first: on some schedulers 40 % noise level comes after one step.
 
     Source: method, section 2 (groups, window); design.md, "Steps, window, groups" and "Few steps".
@@ -142,9 +142,8 @@ def build(effective: Effective, levels: Sequence[float], everywhere: bool = Fals
         if effective.preset != "custom":
             return Schedule((Step(),) * count, inside, (f"{few}: neighbouring steps differ too much, all computed",))
         warnings.append(f"{few}: expect visible differences")
-    if everywhere:
-        planned = follow([None, *[Reuse(effective.boundary, FORECASTS["taylor2"])] * (count - 1)])
-        return dataclasses.replace(planned, window=inside)
+    if everywhere and count > 2:
+        return follow([None, *[Reuse(effective.boundary, FORECASTS["taylor2"])] * (count - 1)])
     groups = _groups(_eligible(effective, levels, count, inside), effective.group_size)
     if not groups:
         warnings.append("no step can be reused: the window holds too few steps")

@@ -111,6 +111,8 @@ class Visit:
             record, boundary = state.taps(plan.boundary), plan.boundary  # a compute forced inside a group stores
             if state.guard is not None and not state.guard.allows(plan.boundary, moment.step, state.orders(plan)):
                 boundary = None
+                if moment.step == len(state.schedule.steps) - 1:
+                    record = ()  # none comes after it
                 if state.guard.lost:
                     self.warnings.append("with a quality nothing is reused while conditionings or context windows come and go: "
                                          "of what is new there is no forecast to judge; without a quality it may be")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blockdance_core import families
-from blockdance_core.calibration import Found, Profile, chosen, denser, front, merged, neighbours, unbeaten
+from blockdance_core.calibration import Profile, chosen, denser, front, merged, neighbours, unbeaten
 from blockdance_core.host import profiling
 from blockdance_core.host.rollout import Prompt, Rollouts, function_of, levels_of, sigmas_of
 from blockdance_core.policy import Calibrated
@@ -113,12 +113,15 @@ def calibrated(
         tries: Further runs for each cut from .4 on, which move one computed step at a time.
         progress: Told how many of how many cuts are done.
     """
-    fronts = [front(profile, lead) for lead in sorted({max(1, round(share * profile.steps)) for share in _LEADS})]
     cost = dict(zip(profile.boundaries, profile.costs, strict=True))
+    calls = checks[0].full.record["calls"]  # some samplers evaluate some steps more often than others, or never
     known: dict[Plan, Checked] = {}
 
     def saved(plan: Plan) -> float:
-        return sum(1 - cost[row.boundary] for row in plan if row) / profile.steps
+        return sum((1 - cost[row.boundary]) * of for row, of in zip(plan, calls, strict=True) if row) / sum(calls)
+
+    leads = sorted({max(1, round(share * profile.steps)) for share in _LEADS})
+    fronts = [{one.plan: saved(one.plan) for one in front(profile, lead)} for lead in leads]
 
     def check(plan: Plan) -> Checked:
         if plan not in known:
@@ -129,15 +132,16 @@ def calibrated(
 
     found: list[Checked] = []
     for done, cut in enumerate(sorted(cuts, reverse=True)):
-        plans = [one.plan for of in fronts for one in _near(of, cut)]
+        nearest = [min(of.items(), key=lambda one: abs(one[1] - cut))[0] for of in fronts]
+        plans = [plan for plan in nearest if abs(saved(plan) - cut) <= _TOLERANCE]
         if found:
             slower = found[-1].plan
             while saved(slower) > cut + _TOLERANCE:
                 slower = denser(profile, slower)
             plans += [slower] if saved(slower) >= cut - _TOLERANCE else []
         if not plans and len(cuts) == 1:  # few steps have few cuts
-            reusing = [one for of in fronts for one in of if any(one.plan)]
-            plans = [min(reusing, key=lambda one: abs(one.cut - cut)).plan] if reusing else []
+            reusing = [plan for of in fronts for plan in of if saved(plan) > 0]
+            plans = [min(reusing, key=lambda plan: abs(saved(plan) - cut))] if reusing else []
         if plans:
             best = _climbed(profile, min(map(check, plans), key=_score), check, tries if cut >= _HIGH else 0)
             unfitted = check(expanded(best.plan))  # where the fit does not hold
@@ -148,11 +152,6 @@ def calibrated(
 
 def _score(one: Checked) -> float:
     return one.score
-
-
-def _near(found: Sequence[Found], cut: float) -> list[Found]:
-    near = [one for one in found if abs(one.cut - cut) <= _TOLERANCE]
-    return [min(near, key=lambda one: abs(one.cut - cut))] if near else []
 
 
 def _climbed(profile: Profile, best: Checked, check: Callable[[Plan], Checked], tries: int) -> Checked:

@@ -70,7 +70,7 @@ def measure(
         plan, replayed = _alone(c, stop, lags[i], boundaries[v], forecasts[v][c][i], steps)
         run = rollouts.run(plan, replayed, until=stop)
         errors[:, v, c, i, 1 : stop - c] = rollouts.distances(run)[c + 2 : stop + 1].T
-        times[v] += run.record["dit_ms"][c + 1 : stop]
+        times[v] += [ms for ms in run.record["dit_ms"][c + 1 : stop] if ms]
         progress()
     full = statistics.median([ms for ms in rollouts.full.record["dit_ms"] if ms])
     costs = tuple(statistics.median(of) / full if of else 1.0 for of in times)

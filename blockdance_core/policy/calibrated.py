@@ -149,11 +149,10 @@ class Calibrated:
         counts = list(itertools.accumulate(
             (min(factor * gain, 1.0) for gain in gains), initial=scale * passed[0] - _ROUNDING))
         lead = 2 if part_way(levels) else 1
-        stop = count if plan[-1] and levels[-1] >= self.levels[-1] - SAME_LEVEL else count - 1
-        computed = {
-            k for k in range(count)
-            if k < lead or k >= stop or self.outside(*levels[k : k + 2]) or math.ceil(counts[k]) < counts[k + 1]
-        }
+        ends = plan[-1] is not None and abs(levels[-1] - self.levels[-1]) <= SAME_LEVEL
+        outside = [self.outside(*pair) for pair in itertools.pairwise(levels)]
+        outside[-1] = not ends or (outside[-1] and levels[-2] < levels[-1])
+        computed = {k for k in range(count) if k < lead or outside[k] or math.ceil(counts[k]) < counts[k + 1]}
 
         def nearest(position: float) -> Reuse | None:
             return plan[min(reused, key=lambda j: abs(j - position))]

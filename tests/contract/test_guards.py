@@ -41,6 +41,7 @@ def test_guard_that_accepts_nothing_computes_everything_bit_by_bit(case: Case) -
     accelerated = accelerate(model, **GUARDED, tolerance=0.0)
     assert torch.equal(sample(accelerated, case, steps=STEPS), sample(model, case, steps=STEPS))
     assert reused_steps(last_run(accelerated)) == []
+    assert last_run(accelerated)["decisions"][-1] == "compute", "nothing is stored for steps that do not come"
     assert set(last_run(accelerated)["fallbacks"]) <= FIRST_CALL
 
 

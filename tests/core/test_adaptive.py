@@ -113,6 +113,17 @@ def test_plan_of_a_choice_computes_everything_before_the_decision() -> None:
     assert looks.plan((2,)) == (*(None,) * START, *policy().entries[0].plans[1][START:])
 
 
+@pytest.mark.parametrize("steps", [20, 40])
+def test_choice_may_reuse_the_last_step(steps: int) -> None:
+    ending = tuple(SHALLOW if k % 4 == 3 else None for k in range(20))
+    source = dataclasses.replace(policy().entries[0], plans=(ending,), cuts=(0.2,), losses=(0.0,))
+    looks = adaptive(one_choice(source, START))
+    levels = [k / steps for k in range(steps + 1)]
+    computing, reusing = (looks.scheduled(looks.plan((choice,)), levels, START) for choice in (0, 1))
+    assert (computing.steps[-1].decision, reusing.steps[-1].decision) == ("compute", "reuse")
+    assert not computing.boundaries
+
+
 def test_every_step_has_options_of_its_own_but_the_last_is_computed() -> None:
     segments = every_step(20, START, (None, SHALLOW, DEEP))
     looks = adaptive(segments, levels=1)

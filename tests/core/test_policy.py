@@ -181,6 +181,19 @@ def test_last_step_is_reused_only_where_the_plan_reuses_its_own_and_the_run_ends
     assert at_speed(even(steps, 0.0, last), 2, "euler", computing).steps[-1].decision == "compute"
 
 
+@pytest.mark.parametrize("steps", [20, 25, 30, 40])
+def test_last_step_without_an_extent_in_noise_level_is_fitted_as_any_other(steps: int) -> None:
+    def doubled(count: int) -> list[float]:  # as with the scheduler `normal`
+        return [*even(count - 1), 1.0]
+
+    for letters_, decision in (("CCCr" * 5, "reuse"), ("CCCr" * 4 + "CCr.", "compute")):
+        source = entry(levels=tuple(doubled(20)), plans=(plan_of(letters_, SLOW),), cuts=(0.25,), losses=(0.0,))
+        levels = [level + (1e-3 if 0 < level < 1 else 0) for level in doubled(steps)]
+        plan = at_speed(levels, 2, "euler", source)
+        assert plan.steps[-1].decision == decision
+        assert computed(plan) - 0.75 * steps <= 1
+
+
 def test_twice_the_steps_are_computed_as_densely_not_in_longer_groups() -> None:
     plan = at_speed(even(40))
     assert computed(plan) == pytest.approx(2 * PLANS[20][1].count("."), abs=16)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +16,14 @@ import torch
 from harness import last_run, model_of
 from tiny import CASES, sample
 
+from blockdance_core.calibration import Found, plan_of
 from blockdance_core.config import ConfigError
+from blockdance_core.host import calibrate as calibrate_module
 from blockdance_core.host import paths
 from blockdance_core.host.calibrate import Checked, calibrated, letters, reaching
 from blockdance_core.host.measured import keep
 from blockdance_core.policy import PolicyError, load
-from blockdance_core.schedule import follow
+from blockdance_core.schedule import expanded, follow
 
 CASE = CASES["sd3"]
 STEPS = 8
@@ -111,11 +115,45 @@ def test_schedule_whose_runs_overflow_is_not_kept(measured: Any) -> None:
         def errors(plan: Any) -> torch.Tensor:
             return torch.tensor([1e-3 * plan.count(None), overflow if plan.count(None) < 5 else 1e-3])
 
-        check: Any = SimpleNamespace(run=lambda plan: plan, errors=errors)
-        return [one.plan.count(None) for one in calibrated(measured.profile, [check])]
+        return [one.plan.count(None) for one in calibrated(measured.profile, [pretended(errors)])]
 
     assert min(found(1e-3)) < 5
     assert min(found(float("nan"))) == 5
+
+
+def pretended(errors: Any, calls: Sequence[int] = (1,) * STEPS) -> Any:
+    """Rollouts in which nothing runs."""
+    return SimpleNamespace(run=lambda plan: plan, errors=errors, full=SimpleNamespace(record={"calls": calls}))
+
+
+def test_slower_level_may_come_from_the_next_faster_one(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program knows but one schedule: the slower levels are its own with further steps computed, in any order of cuts."""
+    profile, ran = measured.profile, []
+    fast = plan_of(profile, [(0, 1, 1), (1, 3, 1), (4, 4, 1)])
+    monkeypatch.setattr(calibrate_module, "front", lambda *_: [Found(fast, 5 / 8, 1.0)])
+
+    def errors(plan: Any) -> torch.Tensor:
+        ran.append(plan)
+        return torch.tensor([10.0 ** -plan.count(None)])
+
+    cuts = (0.25, 0.375, 0.5, 0.625)
+    found = calibrated(profile, [pretended(errors)], cuts)
+    assert [one.cut for one in found] == list(cuts)
+    assert found[-1].plan == fast
+    computed = [{k for k, row in enumerate(one.plan) if row is None} for one in found]
+    assert all(faster < slower for slower, faster in itertools.pairwise(computed))
+    assert sum(plan == expanded(plan) for plan in ran) == len(cuts), "the plain expansion is tried of the best one alone"
+    assert calibrated(profile, [pretended(errors)], cuts[::-1]) == found
+
+
+def test_cut_counts_the_calls_that_the_sampler_makes(measured: Any) -> None:
+    calls = (2,) * (STEPS - 1) + (1,)  # as heun does
+    found = calibrated(measured.profile, [pretended(lambda plan: torch.tensor([10.0 ** -plan.count(None)]), calls)])
+    assert any(one.plan[-1] for one in found)
+    cost = dict(zip(measured.profile.boundaries, measured.profile.costs, strict=True))
+    for one in found:
+        saved = sum((1 - cost[row.boundary]) * of for row, of in zip(one.plan, calls, strict=True) if row)
+        assert one.cut == pytest.approx(saved / sum(calls))
 
 
 def test_fidelity_is_measured_in_decibels() -> None:
