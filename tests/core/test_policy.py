@@ -191,7 +191,7 @@ def test_last_step_without_an_extent_in_noise_level_is_fitted_as_any_other(steps
         levels = [level + (1e-3 if 0 < level < 1 else 0) for level in doubled(steps)]
         plan = at_speed(levels, 2, "euler", source)
         assert plan.steps[-1].decision == decision
-        assert computed(plan) - 0.75 * steps <= 1
+        assert computed(plan) - 0.75 * steps <= 1.5
 
 
 def test_twice_the_steps_are_computed_as_densely_not_in_longer_groups() -> None:
