@@ -181,6 +181,17 @@ def records(forecast: str, start: float) -> Sequence[int]:
     return [k for k, step in enumerate(plan.steps) if step.record]
 
 
+@pytest.mark.parametrize("levels", [even(12), [*even(11), 1.0]])  # the scheduler `normal`: a last step without extent
+def test_guard_may_reuse_every_step_but_the_first_and_the_window_says_so(levels: list[float]) -> None:
+    plan = build(effective(), levels, everywhere=True)
+    assert letters(plan) == "C" + "r" * 11
+    assert plan.window == tuple(range(12))
+
+
+def test_two_steps_leave_a_guard_nothing_to_reuse() -> None:
+    assert build(effective(preset="custom"), even(2), everywhere=True).kept == 0
+
+
 def test_explicit_plan_is_followed_to_the_last_step_and_a_reuse_without_a_feature_is_computed() -> None:
     low, high = Reuse(3, FORECASTS["taylor"]), Reuse(7, FORECASTS["delta"])
     plan = follow([low, None, low, low, None, None, high, None, None, high])
