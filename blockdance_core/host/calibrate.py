@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 log = logging.getLogger(__name__)
-CUTS = tuple(percent / 100 for percent in (*range(15, 50, 5), *range(50, 86, 2)))
+CUTS = tuple(percent / 100 for percent in (*range(15, 40, 5), *range(40, 86, 2)))
 _LEADS = (0.0, 0.1, 0.15, 0.2, 0.3)
 """Shares of the steps that are computed first, to choose from: a program that adds errors up underrates early ones."""
 _TOLERANCE = 0.02
@@ -130,6 +130,7 @@ def calibrated(
             known[plan] = Checked(plan, saved(plan), float(share.mean()), float(lost.mean()))
         return known[plan]
 
+    rng = np.random.default_rng(0)
     found: list[Checked] = []
     for done, cut in enumerate(sorted(cuts, reverse=True)):
         nearest = [min(of.items(), key=lambda one: abs(one[1] - cut))[0] for of in fronts]
@@ -143,7 +144,7 @@ def calibrated(
             reusing = [plan for of in fronts for plan in of if saved(plan) > 0]
             plans = [min(reusing, key=lambda plan: abs(saved(plan) - cut))] if reusing else []
         if plans:
-            best = _climbed(profile, min(map(check, plans), key=_score), check, tries if cut >= _HIGH else 0)
+            best = _climbed(profile, min(map(check, plans), key=_score), check, tries if cut >= _HIGH else 0, rng)
             unfitted = check(expanded(best.plan))  # where the fit does not hold
             found.append(min(best, unfitted, key=_score))
         progress(done + 1, len(cuts))
@@ -154,9 +155,10 @@ def _score(one: Checked) -> float:
     return one.score
 
 
-def _climbed(profile: Profile, best: Checked, check: Callable[[Plan], Checked], tries: int) -> Checked:
+def _climbed(
+    profile: Profile, best: Checked, check: Callable[[Plan], Checked], tries: int, rng: np.random.Generator
+) -> Checked:
     open_ = neighbours(profile, best.plan)
-    rng = np.random.default_rng(0)
     for _ in range(tries):
         if not open_:
             break
