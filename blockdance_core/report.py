@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from blockdance_core.config import Config
+from blockdance_core.model_state import Choice, ModelState
 from blockdance_core.schedule import CACHE, REUSE, Schedule
-from blockdance_core.session import Choice, ModelState, Session
+from blockdance_core.session import Session
 
 SCHEMA_VERSION = 1
 

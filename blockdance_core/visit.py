@@ -15,7 +15,7 @@ from blockdance_core.schedule import REUSE, Step
 from blockdance_core.streams import NO_MEMORY, CallKey, Entry, StreamKey, out_of_memory
 
 if TYPE_CHECKING:
-    from blockdance_core.session import ModelState
+    from blockdance_core.model_state import ModelState
 
 
 class CallInfo(NamedTuple):

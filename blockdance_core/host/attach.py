@@ -25,9 +25,10 @@ from blockdance_core.config import Config, Effective, resolve
 from blockdance_core.host import batch, identity, notify
 from blockdance_core.host.levels import accepted_errors, noise_levels
 from blockdance_core.interception import taps
+from blockdance_core.model_state import kept, planned
 from blockdance_core.policy import AdaptivePolicy
 from blockdance_core.report import run_record, summary
-from blockdance_core.session import Session, kept, planned
+from blockdance_core.session import Session
 from blockdance_core.visit import CallInfo
 
 if TYPE_CHECKING:
