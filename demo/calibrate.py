@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,54 +58,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def calibrate(demo: Any, options: argparse.Namespace, out: Path, command: str) -> None:
     """One number of steps, from the profile to the file; nothing if the file holds it already."""
-    from blockdance_core.calibration import merged, save_profile
-    from blockdance_core.host.calibrate import CUTS, calibrated, depth_of, entry, profiled, reaching, table
-    from blockdance_core.host.measured import keep, kept, parse_boundaries
-    from blockdance_core.host.rollout import Rollouts
-    from blockdance_core.host.versions import versions
+    from blockdance_core.calibration import save_profile
+    from blockdance_core.host import measured as host
+    from blockdance_core.host.calibrate import CUTS, depth_of
 
     settings = {
         "model": options.model, "split": "train", "seed": options.seed, "noise_seeds": _SEEDS, "sampler": options.sampler,
         "scheduler": options.scheduler, "steps": options.steps, "cfg": options.cfg, "prompts": options.prompts, "batch": BATCH,
-        "boundaries": list(parse_boundaries(options.boundaries, depth_of(demo.model)) or (depth_of(demo.model) - 1,)),
+        "boundaries": list(host.parse_boundaries(options.boundaries, depth_of(demo.model)) or (depth_of(demo.model) - 1,)),
     }
     how = {"checks": options.checks, "effort": options.effort, "cut": options.cut, "fidelity_db": options.fidelity}
     title = f"{options.model}, {options.steps} steps of {options.sampler} {options.scheduler}"
-    policy = kept(out, demo.model)
+    policy = host.kept(out, demo.model)
     records = policy.record.get("calibrations", {}).values() if policy else ()
     if not options.again and any((settings | how).items() <= record.items() for record in records):
         print(f"{title}: already in {out}")
         return
     beside = out.with_name(f"{out.name}.{options.sampler}-{options.steps}.npz")
-    profile, done, cost = _resumed(beside, settings)
     prompts = _prompts(demo, options, "profile")
+    measured = _resumed(beside, settings, demo.model, prompts)
+    done = len(measured.prompts) if measured else 0
     for number, prompt in enumerate(prompts[done:], done + 1):
-        begun = time.perf_counter()
         with _bar(f"{title}: profile {number} of {len(prompts)}") as progress:
-            one, rollouts = profiled(
-                demo.model, [prompt], settings["boundaries"], progress, None if profile is None else profile.grams)
-        profile = one if profile is None else merged([profile, one])
-        cost = _sum(cost, _cost(rollouts, begun))
-        save_profile(profile, beside, settings | {"batches": number, "cost": cost})
-    begun = time.perf_counter()
-    checks = [Rollouts(demo.model, one) for one in _prompts(demo, options, "checks")]
+            measured = host.extended(measured, demo.model, prompt, settings["boundaries"], progress)
+        cost = {"rollouts": measured.rollouts, "calls": measured.calls, "seconds": round(measured.seconds, 2)}
+        save_profile(measured.profile, beside, settings | {"batches": number, "cost": cost})
+    assert measured is not None
+    about = settings | how | {"threads": options.threads, "command": command}
     with _bar(f"{title}: schedules") as progress:
-        levels = calibrated(profile, checks, (options.cut,) if options.cut else CUTS, options.effort, progress)
-    if not levels:
-        raise SystemExit(f"{title}: no schedule was found; take more steps, or another cut")
-    try:
-        levels = reaching(levels, options.fidelity) if options.fidelity else levels
-    except ValueError as error:
-        raise SystemExit(f"{title}: {error}") from error
-    cost = _sum(cost, _cost(checks, begun))
-    rows = table(levels)
-    record = {
-        **settings, **how, "costs": [round(value, 4) for value in profile.costs], "levels": rows, "cost": cost,
-        "versions": versions(), "threads": options.threads, "command": command,
-    }
-    keep(out, demo.model, entry(demo.model, checks[0].prompt, levels), record)
+        try:
+            _, found = host.calibrate(
+                measured, out, (options.cut,) if options.cut else CUTS, options.fidelity, options.effort, progress,
+                _prompts(demo, options, "checks"), about)
+        except ValueError as error:
+            raise SystemExit(f"{title}: {error}") from error
     beside.unlink(missing_ok=True)
-    print(f"{title}\n" + "\n".join(lines(rows)))
+    print(f"{title}\n" + "\n".join(lines(found["levels"])))
+    cost = found["cost"]
     print(f"{cost['rollouts']} rollouts, {cost['calls']} calls of the model, {cost['seconds']:.0f} s; in {out}", flush=True)
 
 
@@ -125,29 +113,20 @@ def _prompts(demo: Any, options: argparse.Namespace, part: str) -> list[Any]:
     return batches(demo, options, "train", count, BATCH, first, first)[0]
 
 
-def _resumed(path: Path, settings: dict[str, Any]) -> tuple[Any, int, dict[str, float]]:
-    """The profile that an earlier call left, of how many batches it is, and what it took; None, and nothing."""
+def _resumed(path: Path, settings: dict[str, Any], model: Any, prompts: Sequence[Any]) -> Any:
+    """What an earlier call measured; None if there is nothing, or of another version or with other settings."""
     from blockdance_core.calibration import load_profile
+    from blockdance_core.host.measured import Measured
 
-    nothing: tuple[Any, int, dict[str, float]] = None, 0, {}
     if not path.is_file():
-        return nothing
+        return None
     try:
         profile, kept = load_profile(path)
     except ValueError:  # of another version
-        return nothing
-    return (profile, kept["batches"], kept["cost"]) if settings.items() <= kept.items() else nothing
-
-
-def _sum(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
-    return {name: round(value + one.get(name, 0), 2) for name, value in other.items()}
-
-
-def _cost(rollouts: Sequence[Any], begun: float) -> dict[str, float]:
-    return {
-        "rollouts": sum(one.count for one in rollouts), "calls": sum(one.calls for one in rollouts),
-        "seconds": round(time.perf_counter() - begun, 2),
-    }
+        return None
+    if not settings.items() <= kept.items():
+        return None
+    return Measured(model, tuple(prompts[: kept["batches"]]), profile, **kept["cost"])
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from blockdance_core import families
@@ -113,9 +114,10 @@ def parse_boundaries(text: str, depth: int) -> tuple[int, ...]:
 
 def calibrate(
     measured: Measured, path: str | os.PathLike[str], cuts: Sequence[float] = CUTS, fidelity: float = 0.0, tries: int = 0,
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    progress: Callable[[int, int], None] = lambda done, of: None, checks: Sequence[Prompt] = (),
+    about: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[SchedulePolicy, dict[str, Any]]:
-    """Find the schedules of a profile, prove them on its own prompts, and add them to a policy file.
+    """Find the schedules of a profile, prove them, and add them to a policy file.
 
     Args:
         measured: What reuse costs.
@@ -124,6 +126,8 @@ def calibrate(
         fidelity: Keep the schedule alone that saves most of those that reach so many dB; 0 keeps all.
         tries: See `calibrated`.
         progress: Told how many of how many cuts are done.
+        checks: Further prompts to prove them on; none for those of the profile.
+        about: What the record is to say besides, as plain JSON data.
 
     Returns:
         The policy as it stands in the file, and what was found as plain JSON data.
@@ -134,20 +138,22 @@ def calibrate(
     """
     kept(path, measured.model)
     begun = time.perf_counter()
-    checks = [Rollouts(measured.model, prompt) for prompt in measured.prompts]
-    found = calibrated(measured.profile, checks, cuts, tries, progress)
+    proofs = [Rollouts(measured.model, prompt) for prompt in checks or measured.prompts]
+    found = calibrated(measured.profile, proofs, cuts, tries, progress)
     found = reaching(found, fidelity) if fidelity else found
     if not found:
         raise ValueError(f"No schedule of {measured.profile.steps} steps saves a share of the time near {list(cuts)}.")
     report = {
         "levels": table(found),
         "cost": {
-            "rollouts": measured.rollouts + sum(one.count for one in checks),
-            "calls": measured.calls + sum(one.calls for one in checks),
+            "rollouts": measured.rollouts + sum(one.count for one in proofs),
+            "calls": measured.calls + sum(one.calls for one in proofs),
             "seconds": round(measured.seconds + time.perf_counter() - begun, 2),
         },
     }
-    record = {**measured.report(), "cfg": measured.prompts[0].cfg, "fidelity_db": fidelity, "versions": versions(), **report}
+    record = {
+        **measured.report(), "cfg": measured.prompts[0].cfg, "fidelity_db": fidelity, "versions": versions(), **report, **about,
+    }
     policy = keep(path, measured.model, entry(measured.model, measured.prompts[0], found), record)
     return policy, {**report, "path": str(path)}
 

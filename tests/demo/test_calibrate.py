@@ -44,8 +44,8 @@ def test_a_small_calibration_is_kept_resumed_and_extended(
     assert calibration.load_profile(profile)[1]["batches"] == 1
 
     measured.append(None)  # one more is allowed
-    monkeypatch.setattr("blockdance_core.host.calibrate.calibrated", lambda *_, **__: [])
-    with pytest.raises(SystemExit, match="no schedule"):
+    monkeypatch.setattr("blockdance_core.host.measured.calibrated", lambda *_, **__: [])
+    with pytest.raises(SystemExit, match="No schedule"):
         run("--out", str(out))
     assert len(measured) == 3
     assert os.listdir(out.parent) == [profile.name]
@@ -80,7 +80,7 @@ def test_a_small_calibration_is_kept_resumed_and_extended(
 def test_profile_of_another_version_is_measured_again(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, settings="{}", forecasts=[1.0])
-    assert calibrate._resumed(path, {}) == (None, 0, {})
+    assert calibrate._resumed(path, {}, None, []) is None
 
 
 def test_captions_of_profile_and_checks_are_of_the_train_split_and_differ() -> None:
