@@ -41,9 +41,15 @@ def key(point: Point) -> tuple[Any, ...]:
 
 
 def save(path: Path, found: dict[str, Any]) -> None:
-    """Add to a file of figures: what it holds of other models, methods and places of a sweep stays; one point a line."""
+    """Add to a file of figures: what it holds of other models, methods and places of a sweep stays; one point a line.
+
+    The levels of a calibration take the place of all those of the calibration before.
+    """
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    points = {key(point): point for point in (*data.get("points", ()), *found.get("points", ()))}
+    fresh = found.get("points", ())
+    calibrated = {key(point)[:-1] for point in fresh if point["method"] == "ours-calibrated"}
+    kept = (point for point in data.get("points", ()) if key(point)[:-1] not in calibrated)
+    points = {key(point): point for point in (*kept, *fresh)}
     of_models = {name: data.get(name, {}) | found.get(name, {}) for name in ("models", "adaptive", "ablation")}
     for name, sweep in SWEEPS.items():
         rows = [*data.get(name, {}).get("rows", ()), *found.get(name, {}).get("rows", ())]

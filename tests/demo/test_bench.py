@@ -188,6 +188,18 @@ def test_plot_is_readable_at_800_pixels(tmp_path) -> None:
         assert image.width == 800
 
 
+def test_save_drops_the_levels_of_an_older_calibration(tmp_path) -> None:
+    path = tmp_path / "figures.json"
+    levels = [_point("ours-calibrated", cut, [0.9], setting=f"cut={cut}") for cut in (0.3, 0.4, 0.5)]
+    elsewhere = levels[0] | {"steps": levels[0]["steps"] + 1}
+    page.save(path, {"points": [*levels[:2], elsewhere, _point("fora", 0.4, [0.9])]})
+    page.save(path, {"points": [_point("fora", 0.4, [0.8])]})
+    assert len(json.loads(path.read_text())["points"]) == 4, "another method leaves it alone"
+    page.save(path, {"points": levels[2:]})
+    kept = json.loads(path.read_text())["points"]
+    assert kept == [elsewhere, _point("fora", 0.4, [0.8]), levels[2]]
+
+
 def test_save_replaces_points_measured_again_and_keeps_the_rest(tmp_path) -> None:
     path = tmp_path / "figures.json"
     page.save(path, {"points": [_point("fora", 0.4, [0.9]), _point("teacache", 0.5, [0.8])], "latency": {"rows": []}})
