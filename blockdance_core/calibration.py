@@ -8,10 +8,11 @@ error at some step matters in the end is measured too (`gain`). Errors of differ
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -270,13 +271,24 @@ def neighbours(profile: Profile, plan: Plan) -> list[Plan]:
 
 def denser(profile: Profile, plan: Plan) -> Plan:
     """The plan with one more computed step, where that is expected to lower the error most; itself, if it reuses nothing."""
-    groups, losses = groups_of(profile, plan), profile.losses()
-
-    def expected(some: Sequence[Group]) -> float:
-        lags = [1, *(size for _, size, _ in some)]
-        rows = zip(lags, some, strict=False)
-        return sum(float(losses[way, c, profile.nearest(lag), size - 1]) for lag, (c, size, way) in rows if size > 1)
-
+    groups = groups_of(profile, plan)
     split = [[*groups[:i], (c, j, way), (c + j, size - j, way), *groups[i + 1 :]]
              for i, (c, size, way) in enumerate(groups) for j in range(1, size)]
-    return plan_of(profile, min(split, key=expected)) if split else plan
+    return plan_of(profile, min(split, key=functools.partial(_expected, profile.losses(), profile))) if split else plan
+
+
+def sparser(profile: Profile, plan: Plan) -> Iterator[Plan]:
+    """Plans with one computed step less, first those that are expected to raise the error least."""
+    groups, ways, longest = groups_of(profile, plan), range(len(profile.boundaries)), profile.errors.shape[4]
+    joined = [[*groups[:i], (c, size + wide, way), *groups[i + 2 :]]
+              for i, ((c, size, _), (_, wide, _)) in enumerate(itertools.pairwise(groups)) if size + wide <= longest
+              for way in ways]
+    for some in sorted(joined, key=functools.partial(_expected, profile.losses(), profile)):
+        yield plan_of(profile, some)
+
+
+def _expected(losses: np.ndarray, profile: Profile, groups: Sequence[Group]) -> float:
+    """What groups are expected to lose."""
+    lags = [1, *(size for _, size, _ in groups)]
+    rows = zip(lags, groups, strict=False)
+    return sum(float(losses[way, c, profile.nearest(lag), size - 1]) for lag, (c, size, way) in rows if size > 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blockdance_core import families
-from blockdance_core.calibration import Profile, chosen, denser, front, merged, neighbours, unbeaten
+from blockdance_core.calibration import Profile, chosen, denser, front, merged, neighbours, sparser, unbeaten
 from blockdance_core.host import profiling
 from blockdance_core.host.rollout import Prompt, Rollouts, function_of, levels_of, sigmas_of
 from blockdance_core.policy import Calibrated
@@ -40,7 +41,7 @@ class Checked:
         plan: One row a step.
         cut: Share of the time of a full run that it saves.
         loss: Squared error at the end as a share of the variance of the result, mean over the prompts.
-        score: The same, saturating, so that a lost picture counts once; less is better.
+        score: The error itself, saturating, so that a lost picture counts once; mean over the prompts. Less is better.
     """
 
     plan: Plan
@@ -102,7 +103,7 @@ def profiled(
 
 def calibrated(
     profile: Profile, checks: Sequence[Rollouts], cuts: Sequence[float] = CUTS, tries: int = 0,
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    progress: Callable[[int, int], None] = lambda done, of: None, before: Sequence[Plan] = (),
 ) -> list[Checked]:
     """The best schedule for each cut that is wanted, proved by real runs; none that saves nothing, or whose runs overflow.
 
@@ -111,7 +112,8 @@ def calibrated(
         checks: Prompts to check on.
         cuts: Shares of the time to save.
         tries: Further runs for each cut from .4 on, which move one computed step at a time.
-        progress: Told how many of how many cuts are done.
+        progress: Told how many of how many parts are done.
+        before: Plans that were found before, to be tried as well.
     """
     cost = dict(zip(profile.boundaries, profile.costs, strict=True))
     calls = checks[0].full.record["calls"]  # some samplers evaluate some steps more often than others, or never
@@ -120,34 +122,43 @@ def calibrated(
     def saved(plan: Plan) -> float:
         return sum((1 - cost[row.boundary]) * of for row, of in zip(plan, calls, strict=True) if row) / sum(calls)
 
-    leads = sorted({max(1, round(share * profile.steps)) for share in _LEADS})
-    fronts = [{one.plan: saved(one.plan) for one in front(profile, lead)} for lead in leads]
+    def off(cut: float, plan: Plan) -> float:
+        return abs(saved(plan) - cut)
 
     def check(plan: Plan) -> Checked:
         if plan not in known:
             share = np.concatenate([one.errors(one.run(plan)).numpy() for one in checks])
-            lost = np.where(np.isfinite(share), share / (share + SATURATION), 1.0)
+            lost = np.where(np.isfinite(share), np.sqrt(share / (share + SATURATION)), 1.0)
             known[plan] = Checked(plan, saved(plan), float(share.mean()), float(lost.mean()))
         return known[plan]
 
+    leads = sorted({max(1, round(share * profile.steps)) for share in _LEADS})
+    fronts = [[one.plan for one in front(profile, lead)] for lead in leads]
+    usable = [plan for plan in before if all(row is None or row.boundary in cost for row in plan)]
     rng = np.random.default_rng(0)
-    found: list[Checked] = []
+    best: dict[float, Checked] = {}
     for done, cut in enumerate(sorted(cuts, reverse=True)):
-        nearest = [min(of.items(), key=lambda one: abs(one[1] - cut))[0] for of in fronts]
-        plans = [plan for plan in nearest if abs(saved(plan) - cut) <= _TOLERANCE]
-        if found:
-            slower = found[-1].plan
-            while saved(slower) > cut + _TOLERANCE:
-                slower = denser(profile, slower)
-            plans += [slower] if saved(slower) >= cut - _TOLERANCE else []
+        missed = functools.partial(off, cut)
+        plans = [min(some, key=missed) for some in (*fronts, usable) if some]
+        if best:
+            plan = best[min(best)].plan
+            while saved(plan) > cut + _TOLERANCE:
+                plan = denser(profile, plan)
+            plans.append(plan)
+        plans = [plan for plan in plans if missed(plan) <= _TOLERANCE]
         if not plans and len(cuts) == 1:  # few steps have few cuts
-            reusing = [plan for of in fronts for plan in of if saved(plan) > 0]
-            plans = [min(reusing, key=lambda plan: abs(saved(plan) - cut))] if reusing else []
+            reusing = [plan for some in fronts for plan in some if saved(plan) > 0]
+            plans = [min(reusing, key=missed)] if reusing else []
         if plans:
-            best = _climbed(profile, min(map(check, plans), key=_score), check, tries if cut >= _HIGH else 0, rng)
-            unfitted = check(expanded(best.plan))  # where the fit does not hold
-            found.append(min(best, unfitted, key=_score))
-        progress(done + 1, len(cuts))
+            best[cut] = _climbed(profile, min(map(check, plans), key=_score), check, tries if cut >= _HIGH else 0, rng)
+        progress(done + 1, 2 * len(cuts))
+    ascending = sorted(best)
+    for slower, cut in itertools.pairwise(ascending):
+        plans = [plan for plan in sparser(profile, best[slower].plan)
+                 if saved(plan) > best[slower].cut and off(cut, plan) <= _TOLERANCE]
+        best[cut] = min([best[cut], *map(check, plans[:1])], key=_score)
+        progress(len(cuts) + ascending.index(cut) + 1, 2 * len(cuts))
+    found = [*best.values(), *(check(expanded(one.plan)) for one in best.values())]  # where the fit does not hold
     return unbeaten((one for one in found if one.cut > 0 and math.isfinite(one.loss)), lambda one: (one.cut, one.score))
 
 

@@ -15,7 +15,7 @@ from blockdance_core import families
 from blockdance_core.calibration import Profile, merged
 from blockdance_core.config import ConfigError
 from blockdance_core.host.calibrate import CUTS, calibrated, entry, profiled, reaching, table
-from blockdance_core.host.rollout import Prompt, Rollouts, sigmas_of
+from blockdance_core.host.rollout import Prompt, Rollouts, function_of, sigmas_of
 from blockdance_core.host.versions import versions
 from blockdance_core.policy import Calibrated, SchedulePolicy, load, save
 
@@ -117,7 +117,7 @@ def calibrate(
     progress: Callable[[int, int], None] = lambda done, of: None, checks: Sequence[Prompt] = (),
     about: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[SchedulePolicy, dict[str, Any]]:
-    """Find the schedules of a profile, prove them, and add them to a policy file.
+    """Find the schedules of a profile, prove them, and add them to a policy file; those that it has already are tried, too.
 
     Args:
         measured: What reuse costs.
@@ -136,10 +136,13 @@ def calibrate(
         ConfigError: The file is there already, and damaged or for another model.
         ValueError: There is no such schedule.
     """
-    kept(path, measured.model)
+    policy, first = kept(path, measured.model), measured.prompts[0]
+    entries = policy.entries if policy else ()
+    before = [plan for one in entries if (one.sampler, one.steps) == (function_of(first.sampler), measured.profile.steps)
+              for plan in one.plans]
     begun = time.perf_counter()
     proofs = [Rollouts(measured.model, prompt) for prompt in checks or measured.prompts]
-    found = calibrated(measured.profile, proofs, cuts, tries, progress)
+    found = calibrated(measured.profile, proofs, cuts, tries, progress, before)
     found = reaching(found, fidelity) if fidelity else found
     if not found:
         raise ValueError(f"No schedule of {measured.profile.steps} steps saves a share of the time near {list(cuts)}.")
@@ -152,9 +155,9 @@ def calibrate(
         },
     }
     record = {
-        **measured.report(), "cfg": measured.prompts[0].cfg, "fidelity_db": fidelity, "versions": versions(), **report, **about,
+        **measured.report(), "cfg": first.cfg, "fidelity_db": fidelity, "versions": versions(), **report, **about,
     }
-    policy = keep(path, measured.model, entry(measured.model, measured.prompts[0], found), record)
+    policy = keep(path, measured.model, entry(measured.model, first, found), record)
     return policy, {**report, "path": str(path)}
 
 
