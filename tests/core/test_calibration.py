@@ -26,6 +26,7 @@ from blockdance_core.calibration import (
     neighbours,
     plan_of,
     save_profile,
+    sparser,
 )
 from blockdance_core.schedule import REUSE, Plan, follow
 
@@ -185,6 +186,23 @@ def test_denser_plan_computes_the_one_step_more_that_lowers_the_expected_error_m
             expected(one, [*groups[:i], (c, j, way), (c + j, size - j, way), *groups[i + 1 :]])[1]
             for i, (c, size, way) in enumerate(groups) for j in range(1, size))
         assert expected(one, groups_of(one, plan))[1] == pytest.approx(best)
+
+
+def test_sparser_plans_compute_one_step_less_and_come_by_the_error_that_is_expected() -> None:
+    one = profile()
+    for found in front(one):
+        groups = groups_of(one, found.plan)
+        plans = list(sparser(one, found.plan))
+        before = {k for k, row in enumerate(found.plan) if row is None}
+        for plan in plans:
+            after = {k for k, row in enumerate(plan) if row is None}
+            assert after < before
+            assert len(after) == len(before) - 1
+        joined = [
+            [*groups[:i], (c, size + wide, way), *groups[i + 2 :]] for way in range(len(BOUNDARIES))
+            for i, ((c, size, _), (_, wide, _)) in enumerate(itertools.pairwise(groups)) if size + wide <= LONGEST]
+        losses = [expected(one, groups_of(one, plan))[1] for plan in plans]
+        assert losses == pytest.approx(sorted(expected(one, some)[1] for some in joined))
 
 
 def gram_of(residuals: np.ndarray) -> np.ndarray:

@@ -146,6 +146,59 @@ def test_slower_level_may_come_from_the_next_faster_one(measured: Any, monkeypat
     assert calibrated(profile, [pretended(errors)], cuts[::-1]) == found
 
 
+def test_faster_level_may_come_from_the_next_slower_one(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = measured.profile
+    slow = plan_of(profile, [(0, 1, 1), (1, 1, 1), (2, 3, 1), (5, 3, 1)])
+    bad = plan_of(profile, [(0, 1, 1), (1, 7, 1)])
+    monkeypatch.setattr(calibrate_module, "front", lambda *_: [Found(plan, 0.0, 1.0) for plan in (slow, bad)])
+
+    def errors(plan: Any) -> torch.Tensor:
+        good = {k for k, row in enumerate(plan) if row is None} <= {0, 1, 2, 5}
+        return torch.tensor([10.0 ** -plan.count(None) if good and plan != bad else 1.0])
+
+    found = calibrated(profile, [pretended(errors)], (0.5, 0.62, 0.75))
+    assert [one.cut for one in found] == [0.5, 0.625, 0.75]
+    assert found[0].plan == slow
+    assert [one.loss for one in found] == pytest.approx([1e-4, 1e-3, 1e-2])
+
+
+def test_plans_of_before_are_tried_as_well_if_they_are_of_the_same_boundaries(measured: Any) -> None:
+    profile = measured.profile
+    good = plan_of(profile, [(0, 3, 1), (3, 1, 1), (4, 1, 1), (5, 3, 1)])
+    foreign = tuple(dataclasses.replace(row, boundary=6) if row else None for row in good)
+
+    def errors(plan: Any) -> torch.Tensor:
+        return torch.tensor([1e-9 if plan in (good, foreign) else 1e-3])
+
+    assert calibrated(profile, [pretended(errors)], (0.5,))[0].plan != good
+    found, = calibrated(profile, [pretended(errors)], (0.5,), before=[foreign, good])
+    assert found.plan == good
+
+
+def test_calibrating_again_keeps_what_was_better(calibrate: Any, measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, _ = calibrate.execute(measured, "a", 0.5, 0.0, 0).result
+    tried: list[Any] = []
+    real = calibrated
+    monkeypatch.setattr("blockdance_core.host.measured.calibrated", lambda *given: tried.append(given[-1]) or real(*given))
+    calibrate.execute(measured, "a", 0.5, 0.0, 0)
+    calibrate.execute(measured, "b", 0.5, 0.0, 0)
+    assert tried == [list(before.entries[0].plans), []]
+
+
+def test_one_lost_picture_does_not_decide(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is lost in both plans may be a bit more lost in the better one."""
+    profile = measured.profile
+    ways = [(0, 1, 1), (1, 3, 1), (4, 1, 1), (5, 3, 1)], [(0, 3, 1), (3, 1, 1), (4, 1, 1), (5, 3, 1)]
+    plans = [plan_of(profile, some) for some in ways]
+    monkeypatch.setattr(calibrate_module, "front", lambda *_: [Found(plans[0], 0.5, 1.0)])
+
+    def errors(plan: Any) -> torch.Tensor:
+        return torch.tensor([2.0, 1e-4, 1e-4, 1e-4] if plan == plans[0] else [1.5, 2e-3, 2e-3, 2e-3])
+
+    found, = calibrated(profile, [pretended(errors)], (0.5,), before=[plans[1]])
+    assert found.plan == plans[0]
+
+
 def test_cut_counts_the_calls_that_the_sampler_makes(measured: Any) -> None:
     calls = (2,) * (STEPS - 1) + (1,)  # as heun does
     found = calibrated(measured.profile, [pretended(lambda plan: torch.tensor([10.0 ** -plan.count(None)]), calls)])
