@@ -90,8 +90,8 @@ def load_demo(name: str = "sd3-mini", folder: pathlib.Path | None = None) -> Dem
     """
     architecture = _architecture(name)
     folder = folder or FOLDER
-    metadata, state = _read(folder / f"{name}.safetensors")
-    first_metadata, first = _read(folder / f"{AUTOENCODER}.safetensors")
+    metadata, state = read(folder / f"{name}.safetensors")
+    first_metadata, first = read(folder / f"{AUTOENCODER}.safetensors")
     for key, value in (
         ("vocabulary", list(scenes.VOCABULARY)),
         ("unet_config", architecture.unet_config),
@@ -102,10 +102,10 @@ def load_demo(name: str = "sd3-mini", folder: pathlib.Path | None = None) -> Dem
         if metadata[key] != value:
             raise ValueError(f"{name} in {folder} was trained with another {key} than this pack has. Update the pack.")
     encoder = text.TextEncoder()
-    encoder.load_state_dict(_part(state, TEXT_PREFIX))
+    encoder.load_state_dict(part(state, TEXT_PREFIX))
     return DemoModel(
         name=name,
-        model=_model_patcher(architecture, metadata, _part(state, MODEL_PREFIX)),
+        model=_model_patcher(architecture, metadata, part(state, MODEL_PREFIX)),
         vae=_vae(architecture, first),
         text=DemoText(name, encoder.eval().requires_grad_(False)),
         metadata={**metadata, "autoencoder_training": first_metadata["training"]},
@@ -147,7 +147,13 @@ def _architecture(name: str) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Metadata and weights, in float32, of a file of this pack.
+
+    Raises:
+        ValueError: It is damaged, or of another schema version.
+        FileNotFoundError: It is missing.
+    """
     import safetensors
 
     if not path.is_file():
@@ -164,7 +170,8 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return metadata, state
 
 
-def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The weights under a prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 

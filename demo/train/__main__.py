@@ -13,7 +13,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from .. import architectures
+from .. import architectures, loader
 from . import autoencoder, card, diffusion, export, report
 
 
@@ -24,19 +24,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the runs")
     parser.add_argument("--to", type=pathlib.Path, help="where the finished files go (default: models in --out)")
     parser.add_argument("--steps", type=int, help="a trial of so many steps, in a folder of its own")
+    parser.add_argument("--further", type=int, metavar="STEPS", help="train the shipped model so many steps more")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=200, help="test captions of each difficulty that are judged")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the blocks")
     options = parser.parse_args(arguments)
-    trial = f"-{options.steps}-steps" if options.steps else ""
-    first, run = options.out / "autoencoder", options.out / f"{options.name}{trial}"
+    if options.steps and options.further:
+        parser.error("--steps is for a trial from nothing, --further for the shipped model: give one of them")
+    trial = f"-{options.steps}-steps" if options.steps else f"-{options.further}-further" if options.further else ""
+    first = options.out / ("autoencoder-shipped" if options.further else "autoencoder")
+    run = options.out / f"{options.name}{trial}"
     to = options.to or options.out / f"models{trial}"
+    if options.further:
+        autoencoder.restore(loader.FOLDER / f"{loader.AUTOENCODER}.safetensors", first)
     for phase in (1, 2):
         if phase > _phases(first):
             print(f"autoencoder, phase {phase} of 2, in {first}", flush=True)
             autoencoder.main(["--out", str(first), "--phase", str(phase), "--seed", str(options.seed)])
     print(f"{options.name}, in {run}", flush=True)
-    more = ["--steps", str(options.steps)] if options.steps else []
+    more = ["--steps", str(options.steps or options.further)] if trial else []
+    more += ["--further-from", str(loader.FOLDER / f"{options.name}.safetensors")] if options.further else []
     more += ["--compile" if options.compile else "--no-compile", "--seed", str(options.seed)]
     diffusion.main([options.name, "--out", str(run), "--autoencoder", str(first), *more])
     if (run / "stop").exists():

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import autoencoder, renderer, scenes
+from .. import autoencoder, loader, renderer, scenes
 
 BATCH = 32
 STEPS = (4000, 3000)  # of each phase
@@ -100,6 +100,14 @@ def train(out: pathlib.Path, phase: int, steps: int, seed: int) -> dict[str, Any
     os.replace(out / "autoencoder.tmp", out / "autoencoder.pt")
     (out / "autoencoder.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     return record
+
+
+def restore(path: pathlib.Path, out: pathlib.Path) -> None:
+    """Write what training left behind, ``autoencoder.pt`` and ``autoencoder.json``, from a finished file."""
+    metadata, state = loader.read(path)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.save(state, out / "autoencoder.pt")
+    (out / "autoencoder.json").write_text(json.dumps(metadata["training"], indent=1), encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,13 +20,14 @@ import platform
 import re
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import distributed, nn
 
 from blockdance_core import families
 
-from .. import architectures, autoencoder, renderer, scenes, text
+from .. import architectures, autoencoder, loader, renderer, scenes, text
 from ..hosting import launcher, server
 from .muon import Muon
 
@@ -263,7 +264,9 @@ class Run:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(options.seed)
         architecture, self.recipe = architectures.ARCHITECTURES[options.name], options.recipe
-        self.trainee = Trainee(architecture).to(self.device)
+        self.trainee = Trainee(architecture)
+        self.before: dict[str, Any] = _begin_with(self.trainee, options.further_from) if options.further_from else {}
+        self.trainee.to(self.device)
         self.data = Data(architecture, options.autoencoder, self.recipe, options.seed)
         self.loss = objective_of(architecture)
         self.record = {
@@ -276,6 +279,7 @@ class Run:
             "average": EMA,
             "easy_captions": scenes.EASY,
             "encoder": self.data.autoencoder.fingerprint(),
+            "before": self.before,
         }
         exact = [name for name, module in self.trainee.named_modules() if name.endswith("patch_embedding")]  # as the host wants
         self.masters = Masters(self.trainee, exact)
@@ -291,8 +295,8 @@ class Run:
         ]
         self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         self.ema = [p.detach().clone() for p in self.parameters]
-        self.step = self.samples = 0
-        self.seconds = 0.0
+        self.step, self.samples = 0, self.before.get("samples", 0)
+        self.seconds = float(self.before.get("seconds", 0))
         self.log: list[dict[str, float]] = []
         path = options.out / "checkpoint.pt"
         if path.exists():
@@ -340,7 +344,7 @@ class Run:
         if self.options.compile and _compiler_works():
             for block in families.find(self.trainee.model).blocks:
                 block.module.compile(dynamic=False)
-        shards = range(self.rank, SHARDS, workers)
+        shards, first = range(self.rank, SHARDS, workers), self.before.get("steps", 0)
         losses: list[float] = []
         begun = time.monotonic() - self.seconds
         while self.step < self.recipe.steps:
@@ -348,7 +352,8 @@ class Run:
             brief = brief_at(self.step, self.recipe.steps, self.recipe.opening)
             loss = torch.zeros(())
             for shard in shards:
-                error = self._error(self.data(self.step, shard, self.recipe.batch // SHARDS, brief=brief)) / SHARDS
+                batch = self.data(first + self.step, shard, self.recipe.batch // SHARDS, brief=brief)
+                error = self._error(batch) / SHARDS
                 error.backward()
                 self.masters.gather()
                 loss += error.detach().cpu()
@@ -403,9 +408,18 @@ class Run:
             "gradient": round(gradient, 4),
         }
         self.log.append(row)
-        before = self.log[-2] if len(self.log) > 1 else {"samples": 0, "seconds": 0.0}
+        before = self.log[-2] if len(self.log) > 1 else {"samples": 0, "seconds": 0.0, **self.before}
         logger.info("%s  %.1f samples/s", row, (row["samples"] - before["samples"]) / (self.seconds - before["seconds"]))
         self.save()
+
+
+def _begin_with(trainee: Trainee, path: pathlib.Path) -> dict[str, Any]:
+    """Take the weights of a finished model; returns the record of its training."""
+    metadata, state = loader.read(path)
+    for module, prefix in ((trainee.model, loader.MODEL_PREFIX), (trainee.text, loader.TEXT_PREFIX)):
+        module.load_state_dict(loader.part(state, prefix))
+    record: dict[str, Any] = metadata["training"]
+    return record
 
 
 def _compiler_works() -> bool:
@@ -440,6 +454,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--autoencoder", type=pathlib.Path, required=True)
     parser.add_argument("--steps", type=int, help="in place of the recipe's")
+    parser.add_argument("--further-from", type=pathlib.Path, metavar="FILE", help="begin with the weights of a finished model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=100, help="steps between log rows and checkpoints")
     parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else SHARDS, choices=(1, SHARDS))
@@ -449,6 +464,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.recipe, options.port = RECIPES[options.name], server.take_port(None)
     if options.steps:
         options.recipe = dataclasses.replace(options.recipe, steps=options.steps)
+    if options.further_from:  # the beginning is behind it
+        options.recipe = dataclasses.replace(options.recipe, ease=(0.0, 0.0), opening=(0.0, options.recipe.opening[1]))
     options.out.mkdir(parents=True, exist_ok=True)
     torch.multiprocessing.spawn(_worker, (options,), nprocs=options.workers)  # also one: the host is left as it is here
 

@@ -71,6 +71,7 @@ def export(name: str, run: pathlib.Path, first: pathlib.Path, folder: pathlib.Pa
         "parameters": sum(v.numel() for v in state.values()),
         "training": {
             **{key: value for key, value in record.items() if key not in ("name", "encoder")},
+            "steps": record["steps"] + record.get("before", {}).get("steps", 0),
             "samples": log[-1]["samples"],
             "seconds": log[-1]["seconds"],
             "final_validation_loss": log[-1]["validation"],

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from demo import architectures, autoencoder, loader
+from demo.train import autoencoder as autoencoder_training
 from demo.train import card, diffusion, export, muon, report
 
 EVERY = pytest.mark.parametrize("name", architectures.ARCHITECTURES)
@@ -104,12 +105,12 @@ def run(tmp_path, monkeypatch):
     record = {"psnr": 30.0, "batch": 32, "seed": 0, "hardware": "none", "phases": []}
     (tmp_path / "autoencoder.json").write_text(json.dumps(record), encoding="utf-8")
 
-    def start(folder, every, name="sd3-mini", seed=0):
+    def start(folder, every, name="sd3-mini", seed=0, further_from=None):
         out = tmp_path / folder
         out.mkdir(exist_ok=True)
         options = argparse.Namespace(
             name=name, out=out, autoencoder=tmp_path, seed=seed, every=every, workers=1, threads=1, compile=False,
-            recipe=diffusion.Recipe(batch=4, steps=6),
+            further_from=further_from, recipe=diffusion.Recipe(batch=4, steps=6),
         )  # fmt: skip
         state = diffusion.Run(options, 0)
         state.train(1)
@@ -181,6 +182,34 @@ def test_export_of_a_run_loads_and_draws_in_the_host_and_has_a_card(run, tmp_pat
     (to / f"{name}-report.json").write_text(json.dumps(figures), encoding="utf-8")
     card.main([name, "--models", str(to)])
     assert f"{figures['hard']['right']:.1%}" in (to / f"{name}.md").read_text(encoding="utf-8")
+
+
+@EVERY
+def test_finished_model_is_trained_further_on_other_data(run, tmp_path, name, training, monkeypatch):
+    run("run", 6, name)
+    to, first = tmp_path / "models", tmp_path / "restored"
+    export.main([name, "--run", str(tmp_path / "run"), "--autoencoder", str(tmp_path), "--to", str(to)])
+    metadata, weights = loader.read(to / f"{name}.safetensors")
+    (tmp_path / "further").mkdir()
+    (tmp_path / "further" / "stop").touch()
+    drawn = []
+    data = diffusion.Data.__call__
+    monkeypatch.setattr(diffusion.Data, "__call__", lambda self, step, *rest, **more: drawn.append(step) or data(
+        self, step, *rest, **more))
+    monkeypatch.setattr(diffusion, "rate_at", lambda *_: 0.0)
+    state = run("further", 6, name, further_from=to / f"{name}.safetensors")
+    assert (state.step, state.samples, set(drawn)) == (1, 24 + 4, {6, 0}), "0 is of the validation captions"
+    prefixes = {"model": loader.MODEL_PREFIX, "text": loader.TEXT_PREFIX}
+    for key, value in zip(state.masters.names, state.parameters, strict=True):
+        part, rest = key.split(".", 1)
+        assert torch.equal(value, weights[prefixes[part] + rest]), key
+    (tmp_path / "further" / "stop").unlink()
+    run("further", 6, name, further_from=to / f"{name}.safetensors")
+
+    autoencoder_training.restore(to / "autoencoder.safetensors", first)
+    export.main([name, "--run", str(tmp_path / "further"), "--autoencoder", str(first), "--to", str(to)])
+    record = loader.load_demo(name, to).metadata["training"]
+    assert (record["steps"], record["samples"], record["before"]) == (12, 48, metadata["training"])
 
 
 def test_export_with_another_autoencoder_than_the_runs_is_refused(run, tmp_path):
