@@ -259,6 +259,12 @@ def groups_of(profile: Profile, plan: Plan) -> list[Group]:
     return [(c, end - c, way) for c, end, way in zip(computed, [*computed[1:], len(plan)], ways, strict=True)]
 
 
+def fits(profile: Profile, plan: Plan) -> bool:
+    """Whether a plan is of a profile's boundaries, number of steps and lengths of groups."""
+    known = len(plan) == profile.steps and all(row is None or row.boundary in profile.boundaries for row in plan)
+    return known and max(size for _, size, _ in groups_of(profile, plan)) <= profile.errors.shape[4]
+
+
 def neighbours(profile: Profile, plan: Plan) -> list[Plan]:
     """Plans in which one computed step comes one step earlier or later."""
     groups, sizes = groups_of(profile, plan), range(1, profile.errors.shape[4] + 1)

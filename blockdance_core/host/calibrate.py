@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blockdance_core import families
-from blockdance_core.calibration import Profile, chosen, denser, front, merged, neighbours, sparser, unbeaten
+from blockdance_core.calibration import Profile, chosen, denser, fits, front, merged, neighbours, sparser, unbeaten
 from blockdance_core.host import profiling
 from blockdance_core.host.rollout import Prompt, Rollouts, function_of, levels_of, sigmas_of
 from blockdance_core.policy import Calibrated
@@ -30,7 +30,7 @@ _TOLERANCE = 0.02
 _HIGH = 0.4
 _FEWEST = 3
 SATURATION = 0.1
-"""Squared error, as a share of the variance, at which a picture counts as half lost."""
+"""Squared error s, as a share of the variance, from about which on a picture counts as lost: s / (s + this)."""
 
 
 @dataclasses.dataclass
@@ -41,7 +41,8 @@ class Checked:
         plan: One row a step.
         cut: Share of the time of a full run that it saves.
         loss: Squared error at the end as a share of the variance of the result, mean over the prompts.
-        score: The error itself, saturating, so that a lost picture counts once; mean over the prompts. Less is better.
+        score: The error itself, saturating, so that a lost picture counts once: mean of sqrt(s / (s + SATURATION)) over the
+            samples; infinite if one is not finite. Less is better.
     """
 
     plan: Plan
@@ -128,18 +129,18 @@ def calibrated(
     def check(plan: Plan) -> Checked:
         if plan not in known:
             share = np.concatenate([one.errors(one.run(plan)).numpy() for one in checks])
-            lost = np.where(np.isfinite(share), np.sqrt(share / (share + SATURATION)), 1.0)
-            known[plan] = Checked(plan, saved(plan), float(share.mean()), float(lost.mean()))
+            score = float(np.sqrt(share / (share + SATURATION)).mean()) if np.isfinite(share).all() else math.inf
+            known[plan] = Checked(plan, saved(plan), float(share.mean()), score)
         return known[plan]
 
     leads = sorted({max(1, round(share * profile.steps)) for share in _LEADS})
     fronts = [[one.plan for one in front(profile, lead)] for lead in leads]
-    usable = [plan for plan in before if all(row is None or row.boundary in cost for row in plan)]
+    usable = [plan for plan in before if fits(profile, plan)]
     rng = np.random.default_rng(0)
     best: dict[float, Checked] = {}
     for done, cut in enumerate(sorted(cuts, reverse=True)):
         missed = functools.partial(off, cut)
-        plans = [min(some, key=missed) for some in (*fronts, usable) if some]
+        plans = [*(min(some, key=missed) for some in fronts), *usable]
         if best:
             plan = best[min(best)].plan
             while saved(plan) > cut + _TOLERANCE:
@@ -147,18 +148,18 @@ def calibrated(
             plans.append(plan)
         plans = [plan for plan in plans if missed(plan) <= _TOLERANCE]
         if not plans and len(cuts) == 1:  # few steps have few cuts
-            reusing = [plan for some in fronts for plan in some if saved(plan) > 0]
+            reusing = [plan for some in (*fronts, usable) for plan in some if saved(plan) > 0]
             plans = [min(reusing, key=missed)] if reusing else []
         if plans:
             best[cut] = _climbed(profile, min(map(check, plans), key=_score), check, tries if cut >= _HIGH else 0, rng)
         progress(done + 1, 2 * len(cuts))
-    ascending = sorted(best)
-    for slower, cut in itertools.pairwise(ascending):
-        plans = [plan for plan in sparser(profile, best[slower].plan)
-                 if saved(plan) > best[slower].cut and off(cut, plan) <= _TOLERANCE]
-        best[cut] = min([best[cut], *map(check, plans[:1])], key=_score)
-        progress(len(cuts) + ascending.index(cut) + 1, 2 * len(cuts))
+    for slower, cut in itertools.pairwise(sorted(best)):
+        joined = (plan for plan in sparser(profile, best[slower].plan) if saved(plan) > best[slower].cut)
+        plans = [plan for plan in (best[slower].plan, *joined) if off(cut, plan) <= _TOLERANCE][:2]
+        best[cut] = min([best[cut], *map(check, plans)], key=_score)
+        progress(len(cuts) + len([one for one in cuts if one <= cut]), 2 * len(cuts))
     found = [*best.values(), *(check(expanded(one.plan)) for one in best.values())]  # where the fit does not hold
+    progress(2 * len(cuts), 2 * len(cuts))
     return unbeaten((one for one in found if one.cut > 0 and math.isfinite(one.loss)), lambda one: (one.cut, one.score))
 
 

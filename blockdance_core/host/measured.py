@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from blockdance_core import families
 from blockdance_core.calibration import Profile, merged
 from blockdance_core.config import ConfigError
-from blockdance_core.host.calibrate import CUTS, calibrated, entry, profiled, reaching, table
-from blockdance_core.host.rollout import Prompt, Rollouts, function_of, sigmas_of
+from blockdance_core.host.calibrate import CUTS, Checked, calibrated, entry, profiled, reaching, table
+from blockdance_core.host.rollout import Prompt, Rollouts, sigmas_of
 from blockdance_core.host.versions import versions
 from blockdance_core.policy import Calibrated, SchedulePolicy, load, save
 
@@ -125,7 +125,7 @@ def calibrate(
         cuts: Shares of the time to save.
         fidelity: Keep the schedule alone that saves most of those that reach so many dB; 0 keeps all.
         tries: See `calibrated`.
-        progress: Told how many of how many cuts are done.
+        progress: Told how many of how many parts are done.
         checks: Further prompts to prove them on; none for those of the profile.
         about: What the record is to say besides, as plain JSON data.
 
@@ -137,9 +137,9 @@ def calibrate(
         ValueError: There is no such schedule.
     """
     policy, first = kept(path, measured.model), measured.prompts[0]
-    entries = policy.entries if policy else ()
-    before = [plan for one in entries if (one.sampler, one.steps) == (function_of(first.sampler), measured.profile.steps)
-              for plan in one.plans]
+    nothing = Checked((None,) * measured.profile.steps, 0.0, 0.0, 0.0)
+    key = entry(measured.model, first, [nothing]).key
+    before = [plan for one in policy.entries if one.key == key for plan in one.plans] if policy else []
     begun = time.perf_counter()
     proofs = [Rollouts(measured.model, prompt) for prompt in checks or measured.prompts]
     found = calibrated(measured.profile, proofs, cuts, tries, progress, before)

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     one, name, {"command": command, "device": place["device"], "torch": place["torch"]})
                 found["points"] += points
     if options.json:
-        page.save(options.json, found)
+        page.save(options.json, found, methods.whole(options.methods))
     return 0
 
 

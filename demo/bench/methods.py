@@ -228,3 +228,8 @@ def settings(case: Case, patterns: Sequence[str] = ("*",)) -> dict[str, list[Set
         if any(fnmatch.fnmatchcase(name, pattern.split(" ")[0]) for pattern in patterns)
     }
     return {name: found for name, found in chosen.items() if found}
+
+
+def whole(patterns: Sequence[str]) -> list[str]:
+    """The methods that name patterns want every setting of."""
+    return [name for name in METHODS if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]

@@ -40,15 +40,18 @@ def key(point: Point) -> tuple[Any, ...]:
     return tuple(point.get(name) for name in KEY)
 
 
-def save(path: Path, found: dict[str, Any]) -> None:
+def save(path: Path, found: dict[str, Any], whole: Iterable[str] = ()) -> None:
     """Add to a file of figures: what it holds of other models, methods and places of a sweep stays; one point a line.
 
-    The levels of a calibration take the place of all those of the calibration before.
+    Args:
+        path: The file, made if it is missing.
+        found: What to add.
+        whole: Methods of which every setting was measured: older settings, such as levels of another calibration, go.
     """
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     fresh = found.get("points", ())
-    calibrated = {key(point)[:-1] for point in fresh if point["method"] == "ours-calibrated"}
-    kept = (point for point in data.get("points", ()) if key(point)[:-1] not in calibrated)
+    renewed = {key(point)[:-1] for point in fresh if point["method"] in whole}
+    kept = (point for point in data.get("points", ()) if key(point)[:-1] not in renewed)
     points = {key(point): point for point in (*kept, *fresh)}
     of_models = {name: data.get(name, {}) | found.get(name, {}) for name in ("models", "adaptive", "ablation")}
     for name, sweep in SWEEPS.items():

@@ -1,4 +1,4 @@
-"""Train a demo model from nothing: the autoencoder, the diffusion transformer, the files, and what they can do.
+"""Train a demo model, from nothing or further: the autoencoder, the diffusion transformer, the files, and what they can do.
 
 ``python dev.py train-demo NAME`` runs this. What is finished is not done again, so the same command goes on after an
 interruption; a file named ``stop`` in the run's folder ends it after the step in hand. The shipped models are left alone:
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -43,7 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             autoencoder.main(["--out", str(first), "--phase", str(phase), "--seed", str(options.seed)])
     print(f"{options.name}, in {run}", flush=True)
     more = ["--steps", str(options.steps or options.further)] if trial else []
-    more += ["--further-from", str(loader.FOLDER / f"{options.name}.safetensors")] if options.further else []
+    if options.further:
+        begin = run / "begin.safetensors"  # the shipped file may be replaced before this is finished
+        if not begin.exists():
+            run.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(loader.FOLDER / f"{options.name}.safetensors", begin)
+        more += ["--further-from", str(begin)]
     more += ["--compile" if options.compile else "--no-compile", "--seed", str(options.seed)]
     diffusion.main([options.name, "--out", str(run), "--autoencoder", str(first), *more])
     if (run / "stop").exists():

@@ -116,7 +116,8 @@ def card(name: str, folder: pathlib.Path) -> str:
         half = figures[kind]["half_the_steps"]
         ssim = f"{half['ssim']:.4f} +- {half['ssim_interval']:.4f}"
         lines.append(f"| {kind} | {half['captions']} | {ssim} | {half['psnr']:.1f} dB |")
-    lines += ["", f"Made by `python dev.py train-demo {name}`.", ""]
+    more = f", and then with `--further {training['steps'] - training['before']['steps']}`" if "before" in training else ""
+    lines += ["", f"Made by `python dev.py train-demo {name}`{more}.", ""]
     return "\n".join(lines)
 
 

@@ -279,7 +279,7 @@ class Run:
             "average": EMA,
             "easy_captions": scenes.EASY,
             "encoder": self.data.autoencoder.fingerprint(),
-            "before": self.before,
+            **({"before": self.before} if self.before else {}),
         }
         exact = [name for name, module in self.trainee.named_modules() if name.endswith("patch_embedding")]  # as the host wants
         self.masters = Masters(self.trainee, exact)

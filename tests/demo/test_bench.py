@@ -195,9 +195,16 @@ def test_save_drops_the_levels_of_an_older_calibration(tmp_path) -> None:
     page.save(path, {"points": [*levels[:2], elsewhere, _point("fora", 0.4, [0.9])]})
     page.save(path, {"points": [_point("fora", 0.4, [0.8])]})
     assert len(json.loads(path.read_text())["points"]) == 4, "another method leaves it alone"
-    page.save(path, {"points": levels[2:]})
+    page.save(path, {"points": levels[2:]}, ["fora"])
+    assert len(json.loads(path.read_text())["points"]) == 5, "not all levels were measured"
+    page.save(path, {"points": levels[2:]}, ["ours-calibrated"])
     kept = json.loads(path.read_text())["points"]
     assert kept == [elsewhere, _point("fora", 0.4, [0.8]), levels[2]]
+
+
+def test_methods_are_whole_where_no_setting_is_named() -> None:
+    assert methods.whole(["fora", "ours-calibrated cut=0.5*"]) == ["fora"]
+    assert set(methods.whole(["ours-*"])) == {name for name in methods.METHODS if name.startswith("ours-")}
 
 
 def test_save_replaces_points_measured_again_and_keeps_the_rest(tmp_path) -> None:

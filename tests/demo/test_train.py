@@ -212,6 +212,27 @@ def test_finished_model_is_trained_further_on_other_data(run, tmp_path, name, tr
     assert (record["steps"], record["samples"], record["before"]) == (12, 48, metadata["training"])
 
 
+def test_shipped_model_is_trained_further_from_a_copy_that_stays(tmp_path, monkeypatch):
+    from demo.train import __main__ as program
+
+    started = []
+    for part in (export, report, card):
+        monkeypatch.setattr(part, "main", lambda *_: None)
+    monkeypatch.setattr(autoencoder_training, "main", lambda *_: pytest.fail("the shipped one is finished"))
+    monkeypatch.setattr(diffusion, "_worker", None)
+    monkeypatch.setattr(diffusion.torch.multiprocessing, "spawn", lambda _, given, **more: started.append(given[0]))
+    for _ in range(2):
+        assert program.main(["wan-mini", "--out", str(tmp_path), "--further", "70"]) == 0
+        monkeypatch.setattr(program.shutil, "copyfile", lambda *_: pytest.fail("once"))
+    for options in started:
+        assert options.out == tmp_path / "wan-mini-70-further"
+        assert options.further_from.read_bytes() == (loader.FOLDER / "wan-mini.safetensors").read_bytes()
+        assert (options.recipe.steps, options.recipe.ease) == (70, (0.0, 0.0))
+        assert not diffusion.brief_at(0, 70, options.recipe.opening)
+    with pytest.raises(SystemExit):
+        program.main(["wan-mini", "--out", str(tmp_path), "--further", "70", "--steps", "70"])
+
+
 def test_export_with_another_autoencoder_than_the_runs_is_refused(run, tmp_path):
     run("run", 6)
     to = tmp_path / "models"

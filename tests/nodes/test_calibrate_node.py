@@ -166,37 +166,57 @@ def test_plans_of_before_are_tried_as_well_if_they_are_of_the_same_boundaries(me
     profile = measured.profile
     good = plan_of(profile, [(0, 3, 1), (3, 1, 1), (4, 1, 1), (5, 3, 1)])
     foreign = tuple(dataclasses.replace(row, boundary=6) if row else None for row in good)
+    long = (None, *[good[1]] * (STEPS - 1))
 
     def errors(plan: Any) -> torch.Tensor:
         return torch.tensor([1e-9 if plan in (good, foreign) else 1e-3])
 
     assert calibrated(profile, [pretended(errors)], (0.5,))[0].plan != good
-    found, = calibrated(profile, [pretended(errors)], (0.5,), before=[foreign, good])
+    found, = calibrated(profile, [pretended(errors)], (0.5,), before=[foreign, long, good[:-1], good])
     assert found.plan == good
 
 
-def test_calibrating_again_keeps_what_was_better(calibrate: Any, measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, _ = calibrate.execute(measured, "a", 0.5, 0.0, 0).result
-    tried: list[Any] = []
-    real = calibrated
-    monkeypatch.setattr("blockdance_core.host.measured.calibrated", lambda *given: tried.append(given[-1]) or real(*given))
-    calibrate.execute(measured, "a", 0.5, 0.0, 0)
-    calibrate.execute(measured, "b", 0.5, 0.0, 0)
-    assert tried == [list(before.entries[0].plans), []]
+def test_calibrating_again_keeps_what_was_better(
+    calibrate: Any, nodes: dict[str, Any], measured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the schedules in the file, those for the same sampler and scheduler are tried; they win if they are better."""
+    own, _ = calibrate.execute(measured, "a", 0.5, 0.0, 0).result
+    before, _ = calibrate.execute(other(nodes, STEPS, "euler", "karras", 1.0), "a", 0.5, 0.0, 0).result
+    best = own.entries[0].plans
+    assert [entry.scheduler for entry in before.entries] == ["karras", "simple"]
+    profile = measured.profile
+    worse = plan_of(profile, [(0, 1, 1), (1, 1, 1), (2, 1, 1), (3, 5, 1)])
+    monkeypatch.setattr(calibrate_module, "front", lambda *_: [Found(worse, 0.5, 1.0)])
+    assert worse not in best
+    after, _ = calibrate.execute(measured, "a", 0.5, 0.0, 0).result
+    assert after.entries[1].plans == best
+    after, _ = calibrate.execute(measured, "b", 0.5, 0.0, 0).result
+    assert after.entries[0].plans != best
 
 
 def test_one_lost_picture_does_not_decide(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is lost in both plans may be a bit more lost in the better one."""
+    """Three pictures much closer are worth more than one that is further off, though the mean square says the contrary."""
     profile = measured.profile
     ways = [(0, 1, 1), (1, 3, 1), (4, 1, 1), (5, 3, 1)], [(0, 3, 1), (3, 1, 1), (4, 1, 1), (5, 3, 1)]
     plans = [plan_of(profile, some) for some in ways]
     monkeypatch.setattr(calibrate_module, "front", lambda *_: [Found(plans[0], 0.5, 1.0)])
 
     def errors(plan: Any) -> torch.Tensor:
-        return torch.tensor([2.0, 1e-4, 1e-4, 1e-4] if plan == plans[0] else [1.5, 2e-3, 2e-3, 2e-3])
+        return torch.tensor([4e-2, 1e-4, 1e-4, 1e-4] if plan == plans[0] else [5e-3] * 4)
 
     found, = calibrated(profile, [pretended(errors)], (0.5,), before=[plans[1]])
     assert found.plan == plans[0]
+    assert found.loss > 5e-3
+
+
+@pytest.mark.parametrize("cuts", [(0.5,), (0.1, 0.25, 0.5, 0.8)])
+def test_progress_ends_when_all_is_done(measured: Any, cuts: tuple[float, ...]) -> None:
+    told: list[tuple[int, int]] = []
+    calibrated(
+        measured.profile, [pretended(lambda plan: torch.tensor([10.0 ** -plan.count(None)]))], cuts,
+        progress=lambda done, of: told.append((done, of)))
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[-1] == (2 * len(cuts), 2 * len(cuts))
 
 
 def test_cut_counts_the_calls_that_the_sampler_makes(measured: Any) -> None:
