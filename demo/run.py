@@ -37,6 +37,7 @@ WORKFLOW = Path(__file__).with_name("workflow_api.json")
 GROUP_SIZES = (2, 3, 4)
 BATCH = 4
 ROUNDS = 4
+_SLOWER = 0.1  # no setting takes so much longer than the full run by itself
 SECONDS = 30.0  # no round is begun that would end later than this
 TILE, MARGIN = 128, 110  # pixels in the grid: a picture's side, and the place for a row's name
 SCHEDULE = ("start_percent", "end_percent", "window", "boundary")  # inputs that say which steps reuse what
@@ -339,9 +340,9 @@ def table(summary: Mapping[str, Any]) -> str:
         f"DiT time of a batch of {full['pictures'] // full['rounds'] // frames}, median of {full['rounds']} round(s); "
         f"SSIM and PSNR against the full run, mean of {full['pictures']} {things} ({full['pictures_as']})."
     ]
-    if any(run["cut"] > run["reused_steps"] / run["steps"] for run in summary["runs"]):
+    if any(not -_SLOWER <= run["cut"] <= run["reused_steps"] / run["steps"] for run in summary["runs"]):
         notes.append(
-            "Some cuts exceed the share of reused steps, which is impossible: the machine was busy, repeat this later."
+            "Some cuts exceed the share of reused steps, or are far below 0: the machine was busy, repeat this later."
         )
     return "\n".join([*lines, *notes])
 
