@@ -155,8 +155,8 @@ def calibrated(
         progress(done + 1, 2 * len(cuts))
     for slower, cut in itertools.pairwise(sorted(best)):
         joined = (plan for plan in sparser(profile, best[slower].plan) if saved(plan) > best[slower].cut)
-        plans = [plan for plan in (best[slower].plan, *joined) if off(cut, plan) <= _TOLERANCE][:2]
-        best[cut] = min([best[cut], *map(check, plans)], key=_score)
+        near = (plan for plan in itertools.chain((best[slower].plan,), joined) if off(cut, plan) <= _TOLERANCE)
+        best[cut] = min([best[cut], *map(check, itertools.islice(near, 2))], key=_score)
         progress(len(cuts) + len([one for one in cuts if one <= cut]), 2 * len(cuts))
     found = [*best.values(), *(check(expanded(one.plan)) for one in best.values())]  # where the fit does not hold
     progress(2 * len(cuts), 2 * len(cuts))
