@@ -260,9 +260,9 @@ def groups_of(profile: Profile, plan: Plan) -> list[Group]:
 
 
 def fits(profile: Profile, plan: Plan) -> bool:
-    """Whether a plan is of a profile's boundaries, number of steps and lengths of groups."""
+    """Whether a plan begins with a computed step and is of a profile's boundaries, number of steps and lengths of groups."""
     known = len(plan) == profile.steps and all(row is None or row.boundary in profile.boundaries for row in plan)
-    return known and max(size for _, size, _ in groups_of(profile, plan)) <= profile.errors.shape[4]
+    return known and plan[0] is None and max(size for _, size, _ in groups_of(profile, plan)) <= profile.errors.shape[4]
 
 
 def neighbours(profile: Profile, plan: Plan) -> list[Plan]:

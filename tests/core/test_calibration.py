@@ -19,6 +19,7 @@ from blockdance_core.calibration import (
     best_forecast,
     chosen,
     denser,
+    fits,
     front,
     groups_of,
     load_profile,
@@ -151,6 +152,19 @@ def test_groups_of_a_plan_give_it_back() -> None:
     assert groups_of(one, (None,) * 3) == [(0, 1, 1), (1, 1, 1), (2, 1, 1)]
     for found in front(one):
         assert plan_of(one, groups_of(one, found.plan)) == found.plan
+
+
+def test_plans_of_another_profile_do_not_fit() -> None:
+    one = profile()
+    for found in front(one):
+        assert fits(one, found.plan)
+        assert not fits(one, found.plan[:-1])
+    reuse = next(row for row in front(one)[-1].plan if row)
+    elsewhere = dataclasses.replace(reuse, boundary=6)
+    long, late = (None, *[reuse] * LONGEST, None, None), (reuse, *[None] * 6)
+    for plan in (long, late, (None, elsewhere, *[None] * 5), (reuse,) * STEPS):
+        assert len(plan) == STEPS
+        assert not fits(one, plan)
 
 
 def test_neighbours_move_one_computed_step_but_the_first() -> None:
