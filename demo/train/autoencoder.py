@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from .. import autoencoder, loader, renderer, scenes
+from . import precision
 
 BATCH = 32
 STEPS = (4000, 3000)  # of each phase
@@ -73,7 +74,7 @@ def train(out: pathlib.Path, phase: int, steps: int, seed: int) -> dict[str, Any
     start, history = time.monotonic(), []
     for step in range(1, steps + 1):
         picture = pictures(BATCH, generator).to(device, memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision.compute_dtype() == torch.bfloat16):
             latent = norm(model.encoder(picture).float())
             level = noise * torch.randn(BATCH, 1, 1, 1, generator=generator).abs()
             noisy = latent + (level * torch.randn(latent.shape, generator=generator)).to(device)

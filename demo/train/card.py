@@ -81,7 +81,8 @@ def card(name: str, folder: pathlib.Path) -> str:
         "",
         f"{training['optimiser']}; log(s / (1 - s)) of the share of noise s normal with mean {training['spread'][0]} and "
         f"deviation {training['spread'][1]}; {training['dropped_captions']:.0%} empty captions; gradient norm at most 1; "
-        f"averaged weights ({training['average']}); weights and activations in bfloat16, masters in float32.",
+        f"averaged weights ({training['average']}); weights and activations in {training.get('precision', 'bfloat16')}, "
+        "masters in float32.",
         "",
         f"Loss on validation captions at the end: {training['final_validation_loss']:.4f}, the squared error of noise - x0.",
         "",

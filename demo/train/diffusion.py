@@ -29,6 +29,7 @@ from blockdance_core import families
 
 from .. import architectures, autoencoder, loader, renderer, scenes, text
 from ..hosting import launcher, server
+from . import precision
 from .muon import Muon
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class Trainee(nn.Module):
     def forward(self, x: torch.Tensor, timestep: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """The model's prediction at x ``[B, C, (F,) H, W]``, host time steps ``[B]``, word ids ``[B, P, A]``."""
         context, pooled = self.text(tokens)
-        return self.model(x, timestep, context=context, y=pooled)
+        return self.model(x.to(context.dtype), timestep, context=context, y=pooled)
 
 
 def _initialise(model: nn.Module) -> None:
@@ -174,7 +175,7 @@ def flow_loss(trainee: nn.Module, batch: tuple[torch.Tensor, ...], part: float =
     """Mean squared error of the velocity noise - x0 at x = (1 - s) x0 + s noise; the model is given 1000 s."""
     x0, tokens, noise, share = batch
     mix = share.view(-1, *[1] * (x0.ndim - 1))
-    velocity = trainee(((1 - mix) * x0 + mix * noise).bfloat16(), share * 1000, tokens)
+    velocity = trainee((1 - mix) * x0 + mix * noise, share * 1000, tokens)
     return (velocity.float() - (noise - x0)).square().mean()
 
 
@@ -186,7 +187,7 @@ def epsilon_loss(
     sigmas = sigmas.to(share.device)
     index = (sigmas.log() - (share / (1 - share)).log()[:, None]).abs().argmin(1)
     sigma = sigmas[index].view(-1, *[1] * (x0.ndim - 1))
-    predicted = trainee(((x0 + sigma * noise) / (1 + sigma.square()).sqrt()).bfloat16(), index.float(), tokens)
+    predicted = trainee((x0 + sigma * noise) / (1 + sigma.square()).sqrt(), index.float(), tokens)
     weight = ((1 + sigma) / (1 + part * sigma)).clamp(max=1 + SIGMA_MAX)
     return ((predicted.float() - (noise - part * x0)) * weight).square().mean()
 
@@ -218,10 +219,10 @@ def brief_at(step: int, steps: int, opening: tuple[float, float]) -> bool:
 
 
 class Masters:
-    """Parameters in float32, whose copies in bfloat16 the network computes with; gradients gather in one flat vector.
+    """Parameters in float32. The network computes with copies of another type, whose gradients gather in one flat vector.
 
     Args:
-        network: Becomes bfloat16, but for the modules named in ``exact``.
+        network: Becomes of ``compute_dtype()``, but for the modules named in ``exact``.
         exact: Modules that stay float32.
     """
 
@@ -237,7 +238,7 @@ class Masters:
             parameter = nn.Parameter(part.view(value.shape))
             parameter.grad = gradient.view(value.shape)
             self.parameters.append(parameter)
-        network.bfloat16()
+        network.to(precision.compute_dtype())
         for name in exact:
             network.get_submodule(name).float()
         self.copies = list(network.parameters())
@@ -325,6 +326,7 @@ class Run:
             "record": self.record,
             "hardware": f"{machine}, {self.options.workers} process(es) of {self.options.threads} thread(s)",
             "torch": str(torch.__version__),
+            "precision": str(precision.compute_dtype()).removeprefix("torch."),
             "names": self.masters.names,
             "buffers": dict(self.trainee.named_buffers()),
             "parameters": [p.detach() for p in self.parameters],

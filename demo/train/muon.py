@@ -11,14 +11,16 @@ import collections
 import torch
 from torch import distributed
 
+from . import precision
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """Push the singular values of ``[N, R, C]`` matrices towards 1 (Newton-Schulz, in and to bfloat16)."""
+    """Push the singular values of ``[N, R, C]`` matrices towards 1 (Newton-Schulz), in and to ``compute_dtype()``."""
     a, b, c = _COEFFICIENTS
-    x = matrices.bfloat16()
+    x = matrices.to(precision.compute_dtype())
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
@@ -78,6 +80,7 @@ def _shared(stack: torch.Tensor) -> torch.Tensor:
     workers, rank = distributed.get_world_size(), distributed.get_rank()
     each = -(-len(stack) // workers)
     padded = torch.cat([stack, stack[:1].expand(each * workers - len(stack), -1, -1)])
-    gathered = torch.empty_like(padded, dtype=torch.bfloat16)
-    distributed.all_gather_into_tensor(gathered, orthogonalise(padded[rank * each : (rank + 1) * each]).contiguous())
+    mine = orthogonalise(padded[rank * each : (rank + 1) * each]).contiguous()
+    gathered = torch.empty_like(padded, dtype=mine.dtype)
+    distributed.all_gather_into_tensor(gathered, mine)
     return gathered[: len(stack)]

@@ -9,7 +9,7 @@ import torch
 
 from demo import architectures, autoencoder, loader
 from demo.train import autoencoder as autoencoder_training
-from demo.train import card, diffusion, export, muon, report
+from demo.train import card, diffusion, export, muon, precision, report
 
 EVERY = pytest.mark.parametrize("name", architectures.ARCHITECTURES)
 
@@ -31,6 +31,15 @@ def test_muon_moves_a_fused_matrix_as_its_parts(parts):
     muon.Muon([fused]).step(0.1)
     muon.Muon(apart).step(0.1)
     assert torch.equal(fused, torch.cat(apart))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_computes_in_bfloat16_only_where_the_hardware_does(there, monkeypatch):
+    precision.compute_dtype.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": there})
+    assert precision.compute_dtype() == (torch.bfloat16 if there else torch.float32)
+    precision.compute_dtype.cache_clear()
 
 
 def test_rate_warms_up_stays_and_falls_to_zero():
@@ -68,7 +77,7 @@ def test_losses_are_the_hosts_own_predictions_errors(name):
             assert torch.allclose(sampling.timestep(sigma).float(), timestep)
             sigma = sigma.view(-1, *[1] * (x0.ndim - 1))
             scaled = sampling.calculate_input(sigma, sampling.noise_scaling(sigma, noise, x0))
-            assert torch.allclose(x.float(), scaled, atol=0.05)  # x is bfloat16
+            assert torch.allclose(x, scaled, atol=1e-5)
             return noise if architecture.objective == "epsilon" else noise - x0
 
     assert diffusion.objective_of(architecture)(Truth(), (x0, None, noise, share)) == 0
@@ -143,8 +152,10 @@ def test_run_interrupted_continues_exactly(run, tmp_path, name, training):
 
 
 @EVERY
-def test_run_moves_every_parameter(run, name, training):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_run_moves_every_parameter(run, name, dtype, training, monkeypatch):
     """None is cut off by zeros on both of its sides."""
+    monkeypatch.setattr(precision, "compute_dtype", lambda: dtype)
     torch.manual_seed(0)
     before = dict(diffusion.Trainee(architectures.ARCHITECTURES[name]).named_parameters())
     state = run("moved", 6, name)
