@@ -7,7 +7,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,9 @@ _HIGH = 0.4
 _FEWEST = 3
 SATURATION = 0.1
 """Squared error s, as a share of the variance, from about which on a picture counts as lost: s / (s + this)."""
+
+_BEHIND = 1.25
+"""A plan that did this many times worse than the best one on the prompts so far is not run on the others."""
 
 
 @dataclasses.dataclass
@@ -118,7 +121,6 @@ def calibrated(
     """
     cost = dict(zip(profile.boundaries, profile.costs, strict=True))
     calls = checks[0].full.record["calls"]  # some samplers evaluate some steps more often than others, or never
-    known: dict[Plan, Checked] = {}
 
     def saved(plan: Plan) -> float:
         return sum((1 - cost[row.boundary]) * of for row, of in zip(plan, calls, strict=True) if row) / sum(calls)
@@ -126,23 +128,16 @@ def calibrated(
     def off(cut: float, plan: Plan) -> float:
         return abs(saved(plan) - cut)
 
-    def check(plan: Plan) -> Checked:
-        if plan not in known:
-            share = np.concatenate([one.errors(one.run(plan)).numpy() for one in checks])
-            score = float(np.sqrt(share / (share + SATURATION)).mean()) if np.isfinite(share).all() else math.inf
-            known[plan] = Checked(plan, saved(plan), float(share.mean()), score)
-        return known[plan]
-
     leads = sorted({max(1, round(share * profile.steps)) for share in _LEADS})
     fronts = [[one.plan for one in front(profile, lead)] for lead in leads]
     usable = [plan for plan in before if fits(profile, plan)]
-    rng = np.random.default_rng(0)
-    best: dict[float, Checked] = {}
+    race, rng = _Race(checks), np.random.default_rng(0)
+    best: dict[float, Plan] = {}
     for done, cut in enumerate(sorted(cuts, reverse=True)):
         missed = functools.partial(off, cut)
         plans = [*(min(some, key=missed) for some in fronts), *usable]
         if best:
-            plan = best[min(best)].plan
+            plan = best[min(best)]
             while saved(plan) > cut + _TOLERANCE:
                 plan = denser(profile, plan)
             plans.append(plan)
@@ -151,33 +146,56 @@ def calibrated(
             reusing = [plan for some in (*fronts, usable) for plan in some if saved(plan) > 0]
             plans = [min(reusing, key=missed)] if reusing else []
         if plans:
-            best[cut] = _climbed(profile, min(map(check, plans), key=_score), check, tries if cut >= _HIGH else 0, rng)
+            best[cut] = _climbed(profile, race.winner(plans), race, tries if cut >= _HIGH else 0, rng)
         progress(done + 1, 2 * len(cuts))
     for slower, cut in itertools.pairwise(sorted(best)):
-        joined = (plan for plan in sparser(profile, best[slower].plan) if saved(plan) > best[slower].cut)
-        near = (plan for plan in itertools.chain((best[slower].plan,), joined) if off(cut, plan) <= _TOLERANCE)
-        best[cut] = min([best[cut], *map(check, itertools.islice(near, 2))], key=_score)
+        joined = (plan for plan in sparser(profile, best[slower]) if saved(plan) > saved(best[slower]))
+        near = (plan for plan in itertools.chain((best[slower],), joined) if off(cut, plan) <= _TOLERANCE)
+        best[cut] = race.winner([best[cut], *itertools.islice(near, 2)])
         progress(len(cuts) + len([one for one in cuts if one <= cut]), 2 * len(cuts))
-    found = [*best.values(), *(check(expanded(one.plan)) for one in best.values())]  # where the fit does not hold
+    plans = [race.winner([plan, expanded(plan)]) for plan in best.values()]  # the second where the fit does not hold
     progress(2 * len(cuts), 2 * len(cuts))
+    found = [Checked(plan, saved(plan), *race.result(plan)) for plan in plans]
     return unbeaten((one for one in found if one.cut > 0 and math.isfinite(one.loss)), lambda one: (one.cut, one.score))
 
 
-def _score(one: Checked) -> float:
-    return one.score
+class _Race:
+    """Plans against each other, prompt by prompt, by real runs; none runs twice.
+
+    Args:
+        checks: Prompts to check on.
+    """
+
+    def __init__(self, checks: Sequence[Rollouts]) -> None:
+        self.checks = checks
+        self._errors: dict[Plan, list[np.ndarray]] = {}  # as shares of the variance, of each prompt so far
+
+    def winner(self, plans: Iterable[Plan]) -> Plan:
+        """The best plan on all prompts, of those that never fell behind."""
+        left = list(dict.fromkeys(plans))
+        for count in range(1, len(self.checks) + 1):
+            scores = [self.result(plan, count)[1] for plan in left]
+            left = [plan for plan, score in zip(left, scores, strict=True) if score <= _BEHIND * min(scores)]
+        return min(left, key=lambda plan: self.result(plan)[1])
+
+    def result(self, plan: Plan, count: int | None = None) -> tuple[float, float]:
+        """`Checked.loss` and `Checked.score` of a plan on the first prompts, or on all."""
+        shares = self._errors.setdefault(plan, [])
+        shares += [one.errors(one.run(plan)).numpy() for one in self.checks[len(shares) : count]]
+        share = np.concatenate(shares[:count])
+        finite = np.isfinite(share).all()
+        return float(share.mean()), float(np.sqrt(share / (share + SATURATION)).mean()) if finite else math.inf
 
 
-def _climbed(
-    profile: Profile, best: Checked, check: Callable[[Plan], Checked], tries: int, rng: np.random.Generator
-) -> Checked:
-    open_ = neighbours(profile, best.plan)
+def _climbed(profile: Profile, plan: Plan, race: _Race, tries: int, rng: np.random.Generator) -> Plan:
+    open_ = neighbours(profile, plan)
     for _ in range(tries):
         if not open_:
             break
-        tried = check(open_.pop(int(rng.integers(len(open_)))))
-        if tried.score < best.score:
-            best, open_ = tried, neighbours(profile, tried.plan)
-    return best
+        won = race.winner([plan, open_.pop(int(rng.integers(len(open_))))])
+        if won is not plan:
+            plan, open_ = won, neighbours(profile, won)
+    return plan
 
 
 def entry(model: ModelPatcher, prompt: Prompt, found: Sequence[Checked]) -> Calibrated:

@@ -209,6 +209,28 @@ def test_one_lost_picture_does_not_decide(measured: Any, monkeypatch: pytest.Mon
     assert found.loss > 5e-3
 
 
+def test_plan_that_falls_far_behind_is_not_run_on_further_prompts(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little behind on the first prompt it may still win on all."""
+    profile, run = measured.profile, []
+    ways = [(0, 1, 1), (1, 3, 1), (4, 1, 1), (5, 3, 1)], [(0, 3, 1), (3, 1, 1), (4, 1, 1), (5, 3, 1)], \
+        [(0, 1, 1), (1, 3, 1), (4, 3, 1), (7, 1, 1)]
+    leader, close, far = plans = [plan_of(profile, some) for some in ways]
+    monkeypatch.setattr(calibrate_module, "front", lambda *_: [Found(leader, 0.5, 1.0)])
+    squared = {leader: (1e-4, 1e-4), close: (1.4e-4, 1e-5), far: (1.7e-4, 0.0)}
+
+    def of(prompt: int) -> Any:
+        def errors(plan: Any) -> torch.Tensor:
+            run.append((prompt, plan))
+            return torch.tensor([squared.get(plan, (1.0, 1.0))[prompt]])
+
+        return pretended(errors)
+
+    found, = calibrated(profile, [of(0), of(1)], (0.5,), before=plans[1:])
+    assert found.plan == close
+    assert found.loss == pytest.approx((1.4e-4 + 1e-5) / 2)
+    assert [(0, far), (1, leader), (1, close)] == [one for one in run if one in ((0, far), (1, far), (1, leader), (1, close))]
+
+
 @pytest.mark.parametrize("cuts", [(0.5,), (0.1, 0.25, 0.5, 0.8)])
 def test_progress_ends_when_all_is_done(measured: Any, cuts: tuple[float, ...]) -> None:
     told: list[tuple[int, int]] = []
