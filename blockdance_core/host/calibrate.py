@@ -33,7 +33,9 @@ SATURATION = 0.1
 """Squared error s, as a share of the variance, from about which on a picture counts as lost: s / (s + this)."""
 
 _BEHIND = 1.25
-"""A plan that did this many times worse than the best one on the prompts so far is not run on the others."""
+"""A plan that did this many times worse than the best one on the first prompts is not run on the others."""
+_FIRST = 4
+"""Samples, at least, that such a judgement is made on."""
 
 
 @dataclasses.dataclass
@@ -145,6 +147,9 @@ def calibrated(
         if not plans and len(cuts) == 1:  # few steps have few cuts
             reusing = [plan for some in (*fronts, usable) for plan in some if saved(plan) > 0]
             plans = [min(reusing, key=missed)] if reusing else []
+        for plan in plans:
+            if plan in usable:  # what is there already is not given up early
+                race.result(plan)
         if plans:
             best[cut] = _climbed(profile, race.winner(plans), race, tries if cut >= _HIGH else 0, rng)
         progress(done + 1, 2 * len(cuts))
@@ -171,12 +176,19 @@ class _Race:
         self._errors: dict[Plan, list[np.ndarray]] = {}  # as shares of the variance, of each prompt so far
 
     def winner(self, plans: Iterable[Plan]) -> Plan:
-        """The best plan on all prompts, of those that never fell behind."""
-        left = list(dict.fromkeys(plans))
+        """The best plan on all prompts. One that falls behind on the first is given up, unless it was run on all before."""
+        candidates = list(dict.fromkeys(plans))
+        left = candidates
         for count in range(1, len(self.checks) + 1):
             scores = [self.result(plan, count)[1] for plan in left]
-            left = [plan for plan, score in zip(left, scores, strict=True) if score <= _BEHIND * min(scores)]
-        return min(left, key=lambda plan: self.result(plan)[1])
+            if sum(map(len, self._errors[left[0]][:count])) >= _FIRST:
+                left = [plan for plan, score in zip(left, scores, strict=True) if score <= _BEHIND * min(scores)]
+        best = min(filter(self._known, candidates), key=lambda plan: self.result(plan)[1])
+        given_up = [plan for plan in candidates if not self._known(plan)]
+        return best if math.isfinite(self.result(best)[1]) or not given_up else self.winner(given_up)
+
+    def _known(self, plan: Plan) -> bool:
+        return len(self._errors[plan]) == len(self.checks)
 
     def result(self, plan: Plan, count: int | None = None) -> tuple[float, float]:
         """`Checked.loss` and `Checked.score` of a plan on the first prompts, or on all."""

@@ -219,7 +219,7 @@ def brief_at(step: int, steps: int, opening: tuple[float, float]) -> bool:
 
 
 class Masters:
-    """Parameters in float32. The network computes with copies of another type, whose gradients gather in one flat vector.
+    """Parameters in float32. The network computes with copies, whose gradients gather in one flat vector.
 
     Args:
         network: Becomes of ``compute_dtype()``, but for the modules named in ``exact``.

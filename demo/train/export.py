@@ -77,7 +77,7 @@ def export(name: str, run: pathlib.Path, first: pathlib.Path, folder: pathlib.Pa
             "final_validation_loss": log[-1]["validation"],
             "hardware": checkpoint["hardware"],
             "torch": checkpoint["torch"],
-            "precision": checkpoint["precision"],
+            "precision": checkpoint.get("precision", "bfloat16"),
         },
     }
     _write(folder / f"{name}.safetensors", state, metadata)

@@ -159,6 +159,7 @@ def test_run_moves_every_parameter(run, name, dtype, training, monkeypatch):
     torch.manual_seed(0)
     before = dict(diffusion.Trainee(architectures.ARCHITECTURES[name]).named_parameters())
     state = run("moved", 6, name)
+    assert {one.dtype for one in state.trainee.text.parameters()} == {muon.orthogonalise(torch.ones(1, 4, 4)).dtype} == {dtype}
     still = [n for n, p in zip(state.masters.names, state.parameters, strict=True) if torch.equal(p, before[n])]
     assert not [n for n in still if "context_block.attn.ln_q" not in n]  # the last block's is used by nobody
 

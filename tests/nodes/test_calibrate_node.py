@@ -121,6 +121,21 @@ def test_schedule_whose_runs_overflow_is_not_kept(measured: Any) -> None:
     assert min(found(float("nan"))) == 5
 
 
+def test_plan_that_was_given_up_comes_back_where_the_better_one_overflows(
+    measured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = measured.profile
+    ways = [(0, 1, 1), (1, 3, 1), (4, 1, 1), (5, 3, 1)], [(0, 3, 1), (3, 1, 1), (4, 1, 1), (5, 3, 1)]
+    plans = [plan_of(profile, some) for some in ways]
+    monkeypatch.setattr(calibrate_module, "front", lambda _, lead: [Found(plans[lead > 1], 0.5, 1.0)])
+
+    def of(*squared: float) -> Any:
+        return pretended(lambda plan: torch.full((4,), dict(zip(plans, squared, strict=True)).get(plan, 1.0)))
+
+    found, = calibrated(profile, [of(1e-4, 2e-4), of(float("nan"), 2e-4)], (0.5,))
+    assert found.plan == plans[1]
+
+
 def pretended(errors: Any, calls: Sequence[int] = (1,) * STEPS) -> Any:
     """Rollouts in which nothing runs."""
     return SimpleNamespace(run=lambda plan: plan, errors=errors, full=SimpleNamespace(record={"calls": calls}))
@@ -194,41 +209,45 @@ def test_calibrating_again_keeps_what_was_better(
     assert after.entries[0].plans != best
 
 
-def test_one_lost_picture_does_not_decide(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batch", [1, 4])
+def test_one_lost_picture_does_not_decide(measured: Any, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     """Three pictures much closer are worth more than one that is further off, though the mean square says the contrary."""
     profile = measured.profile
     ways = [(0, 1, 1), (1, 3, 1), (4, 1, 1), (5, 3, 1)], [(0, 3, 1), (3, 1, 1), (4, 1, 1), (5, 3, 1)]
     plans = [plan_of(profile, some) for some in ways]
-    monkeypatch.setattr(calibrate_module, "front", lambda *_: [Found(plans[0], 0.5, 1.0)])
+    monkeypatch.setattr(calibrate_module, "front", lambda _, lead: [Found(plans[lead > 1], 0.5, 1.0)])
 
     def errors(plan: Any) -> torch.Tensor:
         return torch.tensor([4e-2, 1e-4, 1e-4, 1e-4] if plan == plans[0] else [5e-3] * 4)
 
-    found, = calibrated(profile, [pretended(errors)], (0.5,), before=[plans[1]])
+    def of(first: int) -> Any:
+        return pretended(lambda plan: errors(plan)[first : first + batch])
+
+    found, = calibrated(profile, [of(first) for first in range(0, 4, batch)], (0.5,))
     assert found.plan == plans[0]
     assert found.loss > 5e-3
 
 
-def test_plan_that_falls_far_behind_is_not_run_on_further_prompts(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little behind on the first prompt it may still win on all."""
-    profile, run = measured.profile, []
+def test_plan_that_falls_far_behind_is_not_run_on_further_prompts(measured: Any) -> None:
+    """Little behind on the first prompt it may still win on all, and so may one that was run on all before."""
     ways = [(0, 1, 1), (1, 3, 1), (4, 1, 1), (5, 3, 1)], [(0, 3, 1), (3, 1, 1), (4, 1, 1), (5, 3, 1)], \
         [(0, 1, 1), (1, 3, 1), (4, 3, 1), (7, 1, 1)]
-    leader, close, far = plans = [plan_of(profile, some) for some in ways]
-    monkeypatch.setattr(calibrate_module, "front", lambda *_: [Found(leader, 0.5, 1.0)])
-    squared = {leader: (1e-4, 1e-4), close: (1.4e-4, 1e-5), far: (1.7e-4, 0.0)}
+    leader, close, far = plans = [plan_of(measured.profile, some) for some in ways]
+    squared, run = {leader: (1e-4, 1e-4), close: (1.4e-4, 1e-5), far: (1.7e-4, 0.0)}, []
 
     def of(prompt: int) -> Any:
         def errors(plan: Any) -> torch.Tensor:
-            run.append((prompt, plan))
-            return torch.tensor([squared.get(plan, (1.0, 1.0))[prompt]])
+            run.append((plan, prompt))
+            return torch.full((4,), squared[plan][prompt])
 
         return pretended(errors)
 
-    found, = calibrated(profile, [of(0), of(1)], (0.5,), before=plans[1:])
-    assert found.plan == close
-    assert found.loss == pytest.approx((1.4e-4 + 1e-5) / 2)
-    assert [(0, far), (1, leader), (1, close)] == [one for one in run if one in ((0, far), (1, far), (1, leader), (1, close))]
+    checks = [of(0), of(1)]
+    assert calibrate_module._Race(checks).winner(plans) is close
+    assert run == [(leader, 0), (close, 0), (far, 0), (leader, 1), (close, 1)]
+    race = calibrate_module._Race(checks)
+    assert race.result(far)[0] == pytest.approx(0.85e-4)
+    assert race.winner(plans) is far
 
 
 @pytest.mark.parametrize("cuts", [(0.5,), (0.1, 0.25, 0.5, 0.8)])
