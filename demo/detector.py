@@ -112,12 +112,15 @@ def look(picture: torch.Tensor, background: int | None = None) -> tuple[list[Fou
     is_behind = ((torch.minimum(object_errors, others) - behind) / _CLEAR).clamp(0, 1)
     evidence = is_it - torch.where(is_it > 0, 0, is_behind.clamp(min=_HIDDEN))
     masks, shapes = _masks()
+    side = picture.shape[-1]
+    padded, inside = (side + 2 * _REACH,) * 2, slice(_REACH, _REACH + side)
+    spectra = torch.fft.rfft2(masks.flip(-1, -2), s=padded)  # a convolution of this size takes a hundred times as long
     objects = []
-    axis = torch.arange(picture.shape[-1])
+    axis = torch.arange(side)
     for (enough, share), colour in itertools.product(((_ENOUGH, _SHARE), (_AGAIN, _SHARE_AGAIN)), range(len(colours))):
         if evidence[colour].clamp(min=0).sum() < enough:
             continue
-        gathered = torch.nn.functional.conv2d(evidence[None, None, colour], masks[:, None], padding=_REACH)[0]
+        gathered = torch.fft.irfft2(torch.fft.rfft2(evidence[colour], s=padded) * spectra, s=padded)[:, inside, inside]
         value, index = gathered.flatten().max(0)
         mask, row, column = (int(i) for i in torch.unravel_index(index, gathered.shape))
         if value > max(enough, share * masks[mask].sum()):
