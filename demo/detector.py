@@ -114,7 +114,7 @@ def look(picture: torch.Tensor, background: int | None = None) -> tuple[list[Fou
     masks, shapes = _masks()
     side = picture.shape[-1]
     padded, inside = (side + 2 * _REACH,) * 2, slice(_REACH, _REACH + side)
-    spectra = torch.fft.rfft2(masks.flip(-1, -2), s=padded)  # a convolution of this size takes a hundred times as long
+    spectra = torch.fft.rfft2(masks.flip(-1, -2), s=padded)  # some CPUs take a hundred times as long to convolve
     objects = []
     axis = torch.arange(side)
     for (enough, share), colour in itertools.product(((_ENOUGH, _SHARE), (_AGAIN, _SHARE_AGAIN)), range(len(colours))):

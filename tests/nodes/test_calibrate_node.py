@@ -46,7 +46,7 @@ def with_costs(measured: Any) -> Any:
 
 @pytest.fixture
 def calibrate(nodes: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The node, with a few of its levels: runs of eight steps have hardly more."""
+    """The node, with a few of its levels: all of them would take minutes."""
     node = nodes["BlockDanceCalibrate"]
     monkeypatch.setattr(sys.modules[node.__module__], "CUTS", (0.15, 0.3, 0.45, 0.6, 0.75))
     return node
