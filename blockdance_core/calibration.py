@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ class Profile:
         sigmas: Noise levels of the steps.
         grams: Inner products of the residuals of all steps, [V, steps, steps]; NaN of two that cannot be compared.
         errors: Distance to the full run behind a group of g steps, [prompts, V, steps, lags, longest] at [..., g - 1]. A
-            group of one step has none. NaN where nothing was measured.
+            group of one step has none. NaN where nothing was measured, or a step did not reuse.
         gains: What a distance of 1 at the beginning of a step becomes by the end of the run, [prompts, steps + 1].
     """
 
@@ -131,7 +132,7 @@ def merged(profiles: Sequence[Profile]) -> Profile:
     if any((one.boundaries, one.lags, one.sigmas) != (first.boundaries, first.lags, first.sigmas) for one in profiles):
         raise ValueError("profiles of different settings cannot be merged")
     return dataclasses.replace(
-        first, costs=tuple(np.mean([one.costs for one in profiles], 0).tolist()),
+        first, costs=tuple(np.average([one.costs for one in profiles], 0, [len(one.errors) for one in profiles]).tolist()),
         grams=np.sum([one.grams for one in profiles], 0),
         errors=np.concatenate([one.errors for one in profiles]), gains=np.concatenate([one.gains for one in profiles]),
     )
@@ -267,12 +268,13 @@ def fits(profile: Profile, plan: Plan) -> bool:
 
 def neighbours(profile: Profile, plan: Plan) -> list[Plan]:
     """Plans in which one computed step comes one step earlier or later."""
-    groups, sizes = groups_of(profile, plan), range(1, profile.errors.shape[4] + 1)
-    return [
-        plan_of(profile, [*groups[:i], (c, size + by, way), (d + by, wide - by, wise), *groups[i + 2 :]])
+    groups, sizes, losses = groups_of(profile, plan), range(1, profile.errors.shape[4] + 1), profile.losses()
+    moved = [
+        [*groups[:i], (c, size + by, way), (d + by, wide - by, wise), *groups[i + 2 :]]
         for i, ((c, size, way), (d, wide, wise)) in enumerate(itertools.pairwise(groups))
         for by in (-1, 1) if size + by in sizes and wide - by in sizes
     ]
+    return [plan_of(profile, some) for some in moved if math.isfinite(_expected(losses, profile, some))]
 
 
 def denser(profile: Profile, plan: Plan) -> Plan:
@@ -289,12 +291,14 @@ def sparser(profile: Profile, plan: Plan) -> Iterator[Plan]:
     joined = [[*groups[:i], (c, size + wide, way), *groups[i + 2 :]]
               for i, ((c, size, _), (_, wide, _)) in enumerate(itertools.pairwise(groups)) if size + wide <= longest
               for way in ways]
-    for some in sorted(joined, key=functools.partial(_expected, profile.losses(), profile)):
-        yield plan_of(profile, some)
+    losses = profile.losses()
+    for some in sorted(joined, key=functools.partial(_expected, losses, profile)):
+        if math.isfinite(_expected(losses, profile, some)):
+            yield plan_of(profile, some)
 
 
 def _expected(losses: np.ndarray, profile: Profile, groups: Sequence[Group]) -> float:
-    """What groups are expected to lose."""
+    """What groups are expected to lose; infinite if one of them was not measured."""
     lags = [1, *(size for _, size, _ in groups)]
     rows = zip(lags, groups, strict=False)
     return sum(float(losses[way, c, profile.nearest(lag), size - 1]) for lag, (c, size, way) in rows if size > 1)

@@ -31,7 +31,8 @@ class BlockDanceCalibrate(io.ComfyNode):
             inputs=[
                 ProfileType.Input("profile", tooltip="From BlockDance Profile."),
                 io.String.Input("policy_name", default="my-policy", tooltip=(
-                    "Name of the file in models/blockdance. Schedules for other samplers and steps that it holds are kept.")),
+                    "Name of the file in models/blockdance. What it holds for other samplers and steps is kept, for the same "
+                    "ones replaced.")),
                 io.Float.Input("cut", default=0.0, min=0.0, max=0.9, step=0.01, tooltip=(
                     "Share of the model's time to save. 0: a range of levels, of which N picks one.")),
                 io.Float.Input("fidelity", default=0.0, min=0.0, max=200.0, step=0.5, tooltip=(

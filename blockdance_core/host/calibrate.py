@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blockdance_core import families
-from blockdance_core.calibration import Profile, chosen, denser, fits, front, merged, neighbours, sparser, unbeaten
+from blockdance_core.calibration import Profile, chosen, denser, fits, front, neighbours, sparser, unbeaten
 from blockdance_core.host import profiling
 from blockdance_core.host.rollout import Prompt, Rollouts, function_of, levels_of, sigmas_of
 from blockdance_core.policy import Calibrated
-from blockdance_core.schedule import Plan, expanded
+from blockdance_core.schedule import REUSE, Plan, expanded
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -44,7 +44,8 @@ class Checked:
 
     Attributes:
         plan: One row a step.
-        cut: Share of the time of a full run that it saves.
+        cut: Share of the time of a full run that it saved, mean over the prompts: a step that was computed for all that the
+            plan says saves nothing.
         loss: Squared error at the end as a share of the variance of the result, mean over the prompts.
         score: The error itself, saturating, so that a lost picture counts once: mean of sqrt(s / (s + SATURATION)) over the
             samples; infinite if one is not finite. Less is better.
@@ -62,14 +63,14 @@ def depth_of(model: ModelPatcher) -> int:
 
 
 def profiled(
-    model: ModelPatcher, prompts: Sequence[Prompt], boundaries: Sequence[int] = (),
+    model: ModelPatcher, prompt: Prompt, boundaries: Sequence[int] = (),
     progress: Callable[[int, int], None] = lambda done, of: None, before: np.ndarray | None = None,
-) -> tuple[Profile, list[Rollouts]]:
-    """Measure what reuse costs on some prompts.
+) -> tuple[Profile, Rollouts]:
+    """Measure what reuse costs on a prompt.
 
     Args:
         model: MODEL, as the sampler would get it.
-        prompts: What is sampled; all with the same sampler, scheduler and steps.
+        prompt: What is sampled.
         boundaries: Boundaries to choose from; none for the last block alone.
         progress: Told how many of how many rollouts are done.
         before: `Profile.grams` of other prompts, on which forecasts are to be found, too.
@@ -78,7 +79,7 @@ def profiled(
     boundaries = tuple(boundaries) or (depth - 1,)
     if any(not 0 <= boundary < depth for boundary in boundaries):
         raise ValueError(f"boundaries {list(boundaries)} must be 0 to {depth - 1}: this model has {depth} blocks")
-    steps = len(sigmas_of(model, prompts[0])) - 1
+    steps = len(sigmas_of(model, prompt)) - 1
     if steps < _FEWEST:
         raise ValueError(f"A run of {max(steps, 0)} steps is too short to find out what a reuse step costs. "
                          f"Choose {_FEWEST} or more.")
@@ -88,23 +89,19 @@ def profiled(
     def step(count: int = 1) -> None:
         nonlocal done
         done += count
-        progress(done, each * len(prompts))
+        progress(done, each)
 
-    rollouts, grams = [], []
-    for prompt in prompts:
-        rollouts.append(Rollouts(model, prompt))
-        lost = [k + 1 for k, sample in enumerate(rollouts[-1].full.result) if not sample.isfinite().all()]
-        if lost:
-            raise ValueError(f"The full run has no finite result (sample {', '.join(map(str, lost))} of "
-                             f"{len(rollouts[-1].full.result)}): nothing can be compared with it. Sample it without this node, "
-                             "and take a prompt, a latent and a precision that give a picture.")
-        grams.append(profiling.gram(rollouts[-1], boundaries))
-        step(2)
-    known = np.sum([*grams, *([] if before is None else [before])], 0)
+    rollouts = Rollouts(model, prompt)
+    lost = [k + 1 for k, sample in enumerate(rollouts.full.result) if not sample.isfinite().all()]
+    if lost:
+        raise ValueError(f"The full run has no finite result (sample {', '.join(map(str, lost))} of "
+                         f"{len(rollouts.full.result)}): nothing can be compared with it. Sample it without this node, "
+                         "and take a prompt, a latent and a precision that give a picture.")
+    gram = profiling.gram(rollouts, boundaries)
+    step(2)
     reach = profiling.LAGS, profiling.LONGEST
-    forecasts = chosen(known, rollouts[0].full.record["sigmas"], *reach)
-    pairs = zip(rollouts, grams, strict=True)
-    return merged([profiling.measure(one, boundaries, forecasts, gram, *reach, step) for one, gram in pairs]), rollouts
+    forecasts = chosen(gram if before is None else gram + before, rollouts.full.record["sigmas"], *reach)
+    return profiling.measure(rollouts, boundaries, forecasts, gram, *reach, step), rollouts
 
 
 def calibrated(
@@ -151,7 +148,7 @@ def calibrated(
             if plan in usable:  # what is there already is not given up early
                 race.result(plan)
         if plans:
-            best[cut] = _climbed(profile, race.winner(plans), race, tries if cut >= _HIGH else 0, rng)
+            best[cut] = _climbed(profile, race.winner(plans), missed, race, tries if cut >= _HIGH else 0, rng)
         progress(done + 1, 2 * len(cuts))
     for slower, cut in itertools.pairwise(sorted(best)):
         joined = (plan for plan in sparser(profile, best[slower]) if saved(plan) > saved(best[slower]))
@@ -160,7 +157,7 @@ def calibrated(
         progress(len(cuts) + len([one for one in cuts if one <= cut]), 2 * len(cuts))
     plans = [race.winner([plan, expanded(plan)]) for plan in best.values()]  # the second where the fit does not hold
     progress(2 * len(cuts), 2 * len(cuts))
-    found = [Checked(plan, saved(plan), *race.result(plan)) for plan in plans]
+    found = [Checked(plan, float(np.mean([saved(did) for did in race.did(plan)])), *race.result(plan)) for plan in plans]
     return unbeaten((one for one in found if one.cut > 0 and math.isfinite(one.loss)), lambda one: (one.cut, one.score))
 
 
@@ -174,6 +171,7 @@ class _Race:
     def __init__(self, checks: Sequence[Rollouts]) -> None:
         self.checks = checks
         self._errors: dict[Plan, list[np.ndarray]] = {}  # as shares of the variance, of each prompt so far
+        self._did: dict[Plan, list[Plan]] = {}
 
     def winner(self, plans: Iterable[Plan]) -> Plan:
         """The best plan on all prompts. One that falls behind on the first is given up, unless it was run on all before."""
@@ -190,23 +188,39 @@ class _Race:
     def _known(self, plan: Plan) -> bool:
         return len(self._errors[plan]) == len(self.checks)
 
+    def did(self, plan: Plan) -> list[Plan]:
+        """What became of a plan on every prompt: without the rows that were computed instead."""
+        self.result(plan)
+        return self._did[plan]
+
     def result(self, plan: Plan, count: int | None = None) -> tuple[float, float]:
         """`Checked.loss` and `Checked.score` of a plan on the first prompts, or on all."""
         shares = self._errors.setdefault(plan, [])
-        shares += [one.errors(one.run(plan)).numpy() for one in self.checks[len(shares) : count]]
+        for one in self.checks[len(shares) : count]:
+            run = one.run(plan)
+            shares.append(one.errors(run).numpy())
+            decided = zip(plan, run.record["decisions"], strict=True)
+            self._did.setdefault(plan, []).append(tuple(row if decision == REUSE else None for row, decision in decided))
         share = np.concatenate(shares[:count])
         finite = np.isfinite(share).all()
         return float(share.mean()), float(np.sqrt(share / (share + SATURATION)).mean()) if finite else math.inf
 
 
-def _climbed(profile: Profile, plan: Plan, race: _Race, tries: int, rng: np.random.Generator) -> Plan:
-    open_ = neighbours(profile, plan)
+def _climbed(
+    profile: Profile, plan: Plan, missed: Callable[[Plan], float], race: _Race, tries: int, rng: np.random.Generator
+) -> Plan:
+    most = max(_TOLERANCE, missed(plan))  # a move between groups of different boundaries changes the cut
+
+    def near(plan: Plan) -> list[Plan]:
+        return [one for one in neighbours(profile, plan) if missed(one) <= most]
+
+    open_ = near(plan) if tries else []
     for _ in range(tries):
         if not open_:
             break
         won = race.winner([plan, open_.pop(int(rng.integers(len(open_))))])
         if won is not plan:
-            plan, open_ = won, neighbours(profile, won)
+            plan, open_ = won, near(won)
     return plan
 
 

@@ -70,8 +70,8 @@ def extended(
     if before is not None:
         _require_alike(before, model, prompt, boundaries)
         boundaries, grams = before.profile.boundaries, before.profile.grams
-    profile, rollouts = profiled(model, [prompt], boundaries, progress, grams)
-    runs, calls, seconds = rollouts[0].count, rollouts[0].calls, time.perf_counter() - begun
+    profile, rollouts = profiled(model, prompt, boundaries, progress, grams)
+    runs, calls, seconds = rollouts.count, rollouts.calls, time.perf_counter() - begun
     if before is None:
         return Measured(model, (prompt,), profile, runs, calls, seconds)
     return Measured(
@@ -141,11 +141,14 @@ def calibrate(
     key = entry(measured.model, first, [nothing]).key
     before = [plan for one in policy.entries if one.key == key for plan in one.plans] if policy else []
     begun = time.perf_counter()
-    proofs = [Rollouts(measured.model, prompt) for prompt in checks or measured.prompts]
+    proofs = []
+    for prompt in checks or measured.prompts:
+        proofs.append(Rollouts(measured.model, prompt))
+        proofs[-1].forget()
     found = calibrated(measured.profile, proofs, cuts, tries, progress, before)
-    found = reaching(found, fidelity) if fidelity else found
     if not found:
         raise ValueError(f"No schedule of {measured.profile.steps} steps saves a share of the time near {list(cuts)}.")
+    found = reaching(found, fidelity) if fidelity else found
     report = {
         "levels": table(found),
         "cost": {

@@ -77,7 +77,7 @@ class Pictures:
             latent = full.entered[start]
             cells, places, _ = network.read(Sight(latent, last, last - before, _text(prompt, latent.shape[0])))
             found[k] = [Reading(row.clone(), places, None) for row in cells]
-            self._trimmed(k)
+            self._trim(k)
             done()
         whole = gathered(found)
         return [whole[k][row] for k, row in self.of]
@@ -118,9 +118,8 @@ class Pictures:
     @torch.inference_mode()  # as the host runs its nodes: weights that were loaded so cannot be moved otherwise
     def _outcomes(self, k: int, chosen: Chosen) -> list[Outcome]:
         rollouts, plan = self.rollouts_of(k), self.policy.plan(chosen)
-        self._trimmed(k)
-        replayed = range(max(self.policy.start - self.history, 0)) if self.share else ()
-        run = rollouts.run(plan, replayed)
+        self._trim(k)
+        run = rollouts.run(plan, range(self._replayed))
         self.rollouts += 1
         self.calls += sum(run.record["calls"])
         cut = sum(1 - self.costs[row.boundary] for row in plan if row) / len(plan)
@@ -143,11 +142,13 @@ class Pictures:
         nested: torch.Tensor = NestedTensor(comfy.utils.unpack_latents(out, [part.shape for part in latent.unbind()]))
         return nested
 
-    def _trimmed(self, k: int) -> None:
-        """Of a full run only what rollouts replay, and its result, is kept: that of a long video is large."""
-        full, first = self.rollouts_of(k).full, max(self.policy.start - self.history, 0) if self.share else 0
-        full.predicted[first:] = [[] for _ in full.predicted[first:]]
-        full.entered, full.estimates = full.entered[-1:], []
+    @property
+    def _replayed(self) -> int:
+        """How many first steps of a rollout are taken from the full run."""
+        return max(self.policy.start - self.history, 0) if self.share else 0
+
+    def _trim(self, k: int) -> None:
+        self.rollouts_of(k).forget(self._replayed)
 
     @torch.inference_mode()
     def rollouts_of(self, k: int) -> Rollouts:

@@ -18,11 +18,13 @@ from blockdance_core.forecast import Forecast
 from blockdance_core.host.attach import KEY
 from blockdance_core.host.rollout import Rollouts
 from blockdance_core.interception import Block, Feature, Passage, cloned, intercept, sample
-from blockdance_core.schedule import Plan, Reuse
+from blockdance_core.schedule import REUSE, Plan, Reuse
 
 LAGS = (1, 2, 3, 4, 6)
 LONGEST = 7
 _PROBES = 10
+_FIRST = 4
+"""If nothing was reused up to this step, nothing will be."""
 _SAMPLES = 1 << 17
 """Values of a conditioning's feature, at most, that forecasts are fitted to."""
 
@@ -60,23 +62,37 @@ def measure(
         lags: Distances to the computed step before a group.
         longest: Longest group, steps.
         progress: Called after every rollout.
+
+    Raises:
+        ValueError: No step reuses; the message says why.
     """
     steps, batch = rollouts.steps, rollouts.full.result.shape[0]
     errors = np.full((batch, len(boundaries), steps, len(lags), longest), np.nan)
     errors[..., 0] = 0.0
     times: list[list[float]] = [[] for _ in boundaries]
+    reasons: dict[str, None] = {}
     for v, c, i in groups(steps, len(boundaries), lags):
         stop = min(c + longest, steps)
         plan, replayed = _alone(c, stop, lags[i], boundaries[v], forecasts[v][c][i], steps)
         run = rollouts.run(plan, replayed, until=stop)
-        errors[:, v, c, i, 1 : stop - c] = rollouts.distances(run)[c + 2 : stop + 1].T
-        times[v] += [ms for ms in run.record["dit_ms"][c + 1 : stop] if ms]
+        reused = _reused(run.record, range(c + 1, stop))
+        errors[:, v, c, i, 1 : 1 + reused] = rollouts.distances(run)[c + 2 : c + 2 + reused].T
+        times[v] += [ms for ms in run.record["dit_ms"][c + 1 : c + 1 + reused] if ms]
+        reasons |= dict.fromkeys([*run.record["fallbacks"], *run.record["warnings"]])
         progress()
+        if c >= min(_FIRST, steps - 2) and not any(times):
+            raise ValueError(f"Nothing can be reused with this model and prompt: {'; '.join(reasons) or 'no reason is known'}.")
     full = statistics.median([ms for ms in rollouts.full.record["dit_ms"] if ms])
     costs = tuple(statistics.median(of) / full if of else 1.0 for of in times)
     gains = _gains(rollouts, boundaries, forecasts, lags[0], progress)
     sigmas = tuple(rollouts.full.record["sigmas"])
     return Profile(tuple(boundaries), costs, tuple(lags), sigmas, grams, errors, gains)
+
+
+def _reused(record: dict[str, Any], planned: Sequence[int]) -> int:
+    """How many of the steps that are planned to reuse did so, up to the first that did not; some samplers leave steps out."""
+    kept = itertools.takewhile(lambda step: record["decisions"][step] == REUSE or not record["calls"][step], planned)
+    return len(list(kept))
 
 
 def groups(steps: int, ways: int, lags: Sequence[int] = LAGS) -> list[tuple[int, int, int]]:
@@ -114,7 +130,7 @@ def _gains(
         end = min(c + 3, steps - 1)
         plan, replayed = _alone(c, end, lag, boundaries[deepest], forecasts[deepest][c][0], steps)
         distance = rollouts.distances(rollouts.run(plan, replayed))
-        if end not in at:
+        if end not in at and (distance[end] > 0).all():
             at.append(end)
             gains.append((distance[-1] / distance[end].clamp(min=1e-12)).numpy())
         progress()

@@ -103,7 +103,7 @@ class Trajectory:
     Attributes:
         entered: Latent at the first evaluation of each step, [B, ...], on the CPU; behind them the result.
         predicted: What the model predicted for every conditioning, one list for each time in each step that it was asked; on
-            the CPU.
+            the CPU, of the full run alone: of others where it is replayed.
         estimates: The estimate of the clean latent of each evaluation, with its step; on the CPU, of the full run alone.
         record: The run's figures.
     """
@@ -205,13 +205,21 @@ class Rollouts:
         before = trajectory.predicted[step]
         if step not in replayed:
             predictions = list(executor(model, conds, x, timestep, model_options, *args))
-            before.append([_kept(one) for one in predictions])
+            before.append([] if self.count else [_kept(one) for one in predictions])
             return predictions
         if len(before) >= len(self.full.predicted[step]):
             raise ValueError(f"The sampler {self.prompt.sampler} evaluates step {step} more often than in the full run: it "
                              "cannot be profiled. Choose another one.")
         before.append(self.full.predicted[step][len(before)])
         return [one.to(x.device, copy=True) for one in before[-1]]
+
+    def forget(self, replayed: int = 0) -> None:
+        """Keep of the full run its result alone, and what replays of so many first steps need: that of a long video is large.
+
+        Afterwards a run has `errors`, but no `distances`.
+        """
+        self.full.predicted[replayed:] = [[] for _ in self.full.predicted[replayed:]]
+        self.full.entered, self.full.estimates = self.full.entered[-1:], []
 
     def distances(self, trajectory: Trajectory) -> Tensor:
         """Root mean square distance of every entered latent to the full run's, [steps seen, B], float64 on the CPU."""
@@ -220,7 +228,8 @@ class Rollouts:
 
     def errors(self, trajectory: Trajectory) -> Tensor:
         """Squared error of every result as a share of the variance of the full run's, [B], float64 on the CPU."""
-        return self.distances(trajectory)[-1].square() / self.full.result.double().flatten(1).var(1)
+        full = self.full.result.double().flatten(1)
+        return (trajectory.result.double().flatten(1) - full).square().mean(1) / full.var(1)
 
 
 def _reach(trajectory: Trajectory, step: int, x: Tensor) -> None:

@@ -164,7 +164,7 @@ class AdaptivePolicy:
             group_size: N: the mean cut is at most 1 - 1/N. 1 computes everything.
         """
         static = self.base.schedule(levels, sampler, group_size)
-        if group_size == 1:
+        if group_size == 1 or (static.warnings and not static.boundaries):
             return static
         step = self.looks_at(levels, sampler, group_size)
         if isinstance(step, str):

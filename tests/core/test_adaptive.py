@@ -445,3 +445,9 @@ def test_parts_that_differ_little_are_joined_and_follow_the_one_that_saves_least
 def test_batch_that_must_go_as_one_follows_the_one_that_saves_least() -> None:
     many = wanted(0.8, 0.3, 0.6)
     assert parts_of(many, 28, together=True) == (((0, 1, 2), many[1]),)
+
+
+@pytest.mark.parametrize("levels", [even(4), even(20, 1.0, 0.0)])
+def test_where_everything_is_computed_no_static_schedule_is_promised(levels: Any) -> None:
+    policy = adaptive()
+    assert policy.schedule(levels, "euler", 2).warnings == policy.base.schedule(levels, "euler", 2).warnings

@@ -285,3 +285,22 @@ def test_profile_comes_back_from_disk_as_it_was(tmp_path: Path) -> None:
         same: Any = np.array_equal(before, after, equal_nan=True) if isinstance(before, np.ndarray) else before == after
         assert same, field.name
     assert front(found) == front(one)
+
+
+def test_costs_of_merged_profiles_weigh_by_samples_however_they_are_chained() -> None:
+    costs = 0.9, 0.1, 0.1, 0.1
+    parts = [dataclasses.replace(profile(2), costs=(cost, cost)) for cost in costs]
+    chained = functools.reduce(lambda one, other: merged([one, other]), parts)
+    assert chained.costs == pytest.approx((0.3, 0.3))
+    assert merged(parts).costs == pytest.approx((0.3, 0.3))
+
+
+def test_groups_that_were_not_measured_are_planned_by_no_move() -> None:
+    one = profile(8)
+    errors = one.errors.copy()
+    errors[:, :, 0] = np.nan
+    gaps = dataclasses.replace(one, errors=errors)
+    plan = plan_of(gaps, [(0, 1, 0), (1, 3, 0), (4, 4, 0)])
+    for some in (*neighbours(gaps, plan), *sparser(gaps, plan), denser(gaps, plan)):
+        assert some[1] is None
+    assert any(some[1] for some in (*neighbours(one, plan), *sparser(one, plan)))

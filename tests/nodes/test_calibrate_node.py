@@ -140,9 +140,13 @@ def test_plan_that_was_given_up_comes_back_where_the_better_one_overflows(
     assert found.plan == plans[1]
 
 
-def pretended(errors: Any, calls: Sequence[int] = (1,) * STEPS) -> Any:
-    """Rollouts in which nothing runs."""
-    return SimpleNamespace(run=lambda plan: plan, errors=errors, full=SimpleNamespace(record={"calls": calls}))
+def pretended(errors: Any, calls: Sequence[int] = (1,) * STEPS, computed: Sequence[int] = ()) -> Any:
+    """Rollouts in which nothing runs; `computed` are steps that do not reuse, whatever a plan says."""
+    def run(plan: Any) -> Any:
+        decisions = ["reuse" if row and k not in computed else "compute" for k, row in enumerate(plan)]
+        return SimpleNamespace(plan=plan, record={"decisions": decisions})
+
+    return SimpleNamespace(run=run, errors=lambda run: errors(run.plan), full=SimpleNamespace(record={"calls": calls}))
 
 
 def test_slower_level_may_come_from_the_next_faster_one(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,3 +370,43 @@ def test_first_folder_that_can_be_written_is_taken(folder: Path, tmp_path: Path,
     locked.add(str(tmp_path))
     with pytest.raises(PermissionError, match="locked"):
         paths.writable_folder()
+
+
+def test_cut_is_what_the_proofs_saved_not_what_the_plan_says(measured: Any) -> None:
+    plain, = calibrated(measured.profile, [pretended(lambda plan: torch.tensor([1e-3]))], (0.5,))
+    last = max(k for k, row in enumerate(plain.plan) if row)
+    half = [pretended(lambda plan: torch.tensor([1e-3]), computed=steps) for steps in ((), (last,))]
+    found, = calibrated(measured.profile, half, (0.5,))
+    assert found.plan == plain.plan
+    cost = dict(zip(measured.profile.boundaries, measured.profile.costs, strict=True))[plain.plan[last].boundary]
+    assert found.cut == pytest.approx(plain.cut - (1 - cost) / STEPS / 2)
+
+
+def test_promised_cut_is_that_of_a_run_where_a_feature_is_missing(nodes: dict[str, Any], folder: Path) -> None:
+    case = CASES["hidream_o1"]
+    model = model_of(case)
+    positive, negative = case.conds(model)
+    profile, _ = nodes["BlockDanceProfile"].execute(
+        model, positive, negative, {"samples": case.latent(1)}, 1, STEPS, 3.0, "euler", "simple", 1.0).result
+    free = dataclasses.replace(profile, profile=dataclasses.replace(profile.profile, costs=(0.0,)))
+    policy, _ = nodes["BlockDanceCalibrate"].execute(free, "o1", 0.5, 0.0, 0).result
+    fast = nodes["BlockDanceAccelerate"].execute(model, True, "auto", 64, policy=policy).args[0]
+    sample(fast, case, steps=STEPS)
+    run = last_run(fast)
+    assert run["reused_steps"] / STEPS == pytest.approx(policy.entries[0].cuts[0])
+    assert not run["fallbacks"]
+
+
+def test_effort_keeps_to_the_cut(measured: Any) -> None:
+    """Moves between groups of different boundaries change it; the closest run of all would save less."""
+    mixed = plan_of(measured.profile, [(0, 1, 1), (1, 3, 0), (4, 4, 1)])
+
+    def found(tries: int) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(calibrate_module, "front", lambda *_: [Found(mixed, 0.5, 1.0)])
+            return calibrated(
+                measured.profile,
+                [pretended(lambda plan: torch.tensor([1e-3 - 1e-4 * sum(row.boundary == 3 for row in plan if row)]))],
+                (0.5,), tries)[0]
+
+    assert found(50).cut == pytest.approx(found(0).cut, abs=0.021)
