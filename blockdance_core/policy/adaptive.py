@@ -164,11 +164,11 @@ class AdaptivePolicy:
             group_size: N: the mean cut is at most 1 - 1/N. 1 computes everything.
         """
         static = self.base.schedule(levels, sampler, group_size)
-        if group_size == 1 or (static.warnings and not static.boundaries):
+        if group_size == 1:
             return static
         step = self.looks_at(levels, sampler, group_size)
         if isinstance(step, str):
-            reason = f"{step}: the policy's static schedule is used"
+            reason = f"{step}: the policy's static schedule is used" if static.boundaries else step
             return dataclasses.replace(static, warnings=tuple(dict.fromkeys((*static.warnings, reason))))
         return self._undecided(step, len(levels) - 1, self._warnings(levels, sampler, group_size))
 

@@ -449,5 +449,6 @@ def test_batch_that_must_go_as_one_follows_the_one_that_saves_least() -> None:
 
 @pytest.mark.parametrize("levels", [even(4), even(20, 1.0, 0.0)])
 def test_where_everything_is_computed_no_static_schedule_is_promised(levels: Any) -> None:
-    policy = adaptive()
-    assert policy.schedule(levels, "euler", 2).warnings == policy.base.schedule(levels, "euler", 2).warnings
+    warnings = adaptive().schedule(levels, "euler", 2).warnings
+    assert any("all computed" in text for text in warnings)
+    assert not any("static schedule" in text for text in warnings)
