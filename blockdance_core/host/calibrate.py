@@ -17,7 +17,7 @@ from blockdance_core.calibration import Profile, chosen, denser, fits, front, ne
 from blockdance_core.host import profiling
 from blockdance_core.host.rollout import Prompt, Rollouts, function_of, levels_of, sigmas_of
 from blockdance_core.policy import Calibrated
-from blockdance_core.schedule import REUSE, Plan, expanded
+from blockdance_core.schedule import CACHE, COMPUTE, Plan, expanded
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -200,7 +200,8 @@ class _Race:
             run = one.run(plan)
             shares.append(one.errors(run).numpy())
             decided = zip(plan, run.record["decisions"], strict=True)
-            self._did.setdefault(plan, []).append(tuple(row if decision == REUSE else None for row, decision in decided))
+            did = tuple(None if decision in (COMPUTE, CACHE) else row for row, decision in decided)
+            self._did.setdefault(plan, []).append(did)
         share = np.concatenate(shares[:count])
         finite = np.isfinite(share).all()
         return float(share.mean()), float(np.sqrt(share / (share + SATURATION)).mean()) if finite else math.inf

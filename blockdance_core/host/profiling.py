@@ -18,7 +18,7 @@ from blockdance_core.forecast import Forecast
 from blockdance_core.host.attach import KEY
 from blockdance_core.host.rollout import Rollouts
 from blockdance_core.interception import Block, Feature, Passage, cloned, intercept, sample
-from blockdance_core.schedule import REUSE, Plan, Reuse
+from blockdance_core.schedule import CACHE, COMPUTE, Plan, Reuse
 
 LAGS = (1, 2, 3, 4, 6)
 LONGEST = 7
@@ -90,8 +90,12 @@ def measure(
 
 
 def _reused(record: dict[str, Any], planned: Sequence[int]) -> int:
-    """How many of the steps that are planned to reuse did so, up to the first that did not; some samplers leave steps out."""
-    kept = itertools.takewhile(lambda step: record["decisions"][step] == REUSE or not record["calls"][step], planned)
+    """How many of the steps that are planned to reuse did so, up to the first that did not; some samplers leave steps out.
+
+    In a step that is mixed some calls reuse; others, such as the pass of a guidance node that replaces blocks, never can.
+    """
+    kept = itertools.takewhile(
+        lambda step: record["decisions"][step] not in (COMPUTE, CACHE) or not record["calls"][step], planned)
     return len(list(kept))
 
 

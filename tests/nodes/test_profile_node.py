@@ -405,3 +405,16 @@ def test_of_runs_that_are_only_judged_no_prediction_is_kept() -> None:
     assert len(rollouts.full.entered) == 1
     assert not any(rollouts.full.predicted[2:])
     assert torch.equal(rollouts.errors(run), before)
+
+
+def test_beside_a_guidance_pass_that_cannot_be_shortened_the_rest_is_profiled(node: Any) -> None:
+    """Such steps are mixed: what reuses is measured, with the time that it really takes."""
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    guided = SkipLayerGuidanceDiT.execute(model_of(CASE), 3.0, 0.0, 1.0, double_layers="0", single_layers="").result[0]
+    rollouts = Rollouts(guided, prompt())
+    run = rollouts.run([None, None, None, Reuse(7, FORECASTS["taylor"]), *[None] * 4])
+    assert run.record["decisions"][3] == "mixed"
+    _, report = node.execute(**inputs(model=guided)).result
+    errors, = json.loads(report)["errors"]
+    assert all(error > 0 for error in errors[:-1])
