@@ -1,7 +1,7 @@
 """Find the best schedules for a demo model and keep them in a policy file; started again, it goes on where it ended.
 
 For each number of steps: profile what reuse would cost on captions of the train split, let the program find the schedules,
-prove them on further captions, and add them to the file. The test split is for figures only and never seen here.
+choose among them on further captions, prove them on captions that chose nothing, and add them to the file. The test split is for figures only and never seen here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from demo.bench.runner import batches
 from demo.loader import MODELS, load_demo
 
 BATCH = 4
-_SEEDS = {"profile": 1_000_000, "checks": 2_000_000}
+_SEEDS = {"profile": 1_000_000, "checks": 2_000_000, "proofs": 3_000_000}
 """Noise of neither the benchmark nor each other."""
 
 
@@ -31,7 +31,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--steps", type=int, nargs="+", help="numbers of steps; one after the other")
     common.add(top)
     top.add_argument("--prompts", type=int, default=8, help="captions to profile on, half of them hard (default %(default)s)")
-    top.add_argument("--checks", type=int, default=8, help="further captions to prove schedules on (default %(default)s)")
+    top.add_argument("--checks", type=int, default=8, help="further captions to choose schedules on (default %(default)s)")
+    top.add_argument("--proofs", type=int, default=8, help=(
+        "further captions that choose none: what a schedule loses is measured on them (default %(default)s; 0: on the others)"))
     top.add_argument("--boundaries", default="", metavar="LIST",
                      help="block indices, or shares such as 0.75, with commas between (default: the last block)")
     top.add_argument("--cut", type=float, default=0.0, help="share of the time to save; 0: a range of levels")
@@ -67,7 +69,7 @@ def calibrate(demo: Any, options: argparse.Namespace, out: Path, command: str) -
         "scheduler": options.scheduler, "steps": options.steps, "cfg": options.cfg, "prompts": options.prompts, "batch": BATCH,
         "boundaries": list(host.parse_boundaries(options.boundaries, depth_of(demo.model)) or (depth_of(demo.model) - 1,)),
     }
-    how = {"checks": options.checks, "effort": options.effort, "cut": options.cut, "fidelity_db": options.fidelity}
+    how = {"checks": options.checks, "proofs": options.proofs, "effort": options.effort, "cut": options.cut, "fidelity_db": options.fidelity}
     title = f"{options.model}, {options.steps} steps of {options.sampler} {options.scheduler}"
     policy = host.kept(out, demo.model)
     records = policy.record.get("calibrations", {}).values() if policy else ()
@@ -89,7 +91,7 @@ def calibrate(demo: Any, options: argparse.Namespace, out: Path, command: str) -
         try:
             _, found = host.calibrate(
                 measured, out, (options.cut,) if options.cut else CUTS, options.fidelity, options.effort, progress,
-                _prompts(demo, options, "checks"), about)
+                _prompts(demo, options, "checks"), _prompts(demo, options, "proofs"), about)
         except ValueError as error:
             raise SystemExit(f"{title}: {error}") from error
     beside.unlink(missing_ok=True)
@@ -107,9 +109,9 @@ def lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _prompts(demo: Any, options: argparse.Namespace, part: str) -> list[Any]:
-    """Prompts to profile or to check on, in batches."""
+    """Prompts of a part, in batches."""
     first = _SEEDS[part] + 1000 * options.seed
-    count = options.prompts if part == "profile" else options.checks
+    count = {"profile": options.prompts, "checks": options.checks, "proofs": options.proofs}[part]
     return batches(demo, options, "train", count, BATCH, first, first)[0]
 
 

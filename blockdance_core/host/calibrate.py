@@ -29,13 +29,15 @@ _LEADS = (0.0, 0.1, 0.15, 0.2, 0.3)
 _TOLERANCE = 0.02
 _HIGH = 0.4
 _FEWEST = 3
+_WIDE = 4
+"""So many ways to compute one step less are tried at each level."""
 SATURATION = 0.1
 """Squared error s, as a share of the variance, from about which on a picture counts as lost: s / (s + this)."""
 
-_BEHIND = 1.25
+_BEHIND = 1.5
 """A plan that did this many times worse than the best one on the first prompts is not run on the others."""
-_FIRST = 4
-"""Samples, at least, that such a judgement is made on."""
+_FIRST = 16
+"""Samples, at least, that such a judgement is made on: on fewer, a plan that loses one picture in ten looks like the best."""
 
 
 @dataclasses.dataclass
@@ -47,8 +49,8 @@ class Checked:
         cut: Share of the time of a full run that it saved, mean over the prompts: a step that was computed for all that the
             plan says saves nothing.
         loss: Squared error at the end as a share of the variance of the result, mean over the prompts.
-        score: The error itself, saturating, so that a lost picture counts once: mean of sqrt(s / (s + SATURATION)) over the
-            samples; infinite if one is not finite. Less is better.
+        score: The same, saturating, so that a lost picture counts once: mean of s / (s + SATURATION) over the samples; infinite
+            if one is not finite. Less is better.
     """
 
     plan: Plan
@@ -107,6 +109,7 @@ def profiled(
 def calibrated(
     profile: Profile, checks: Sequence[Rollouts], cuts: Sequence[float] = CUTS, tries: int = 0,
     progress: Callable[[int, int], None] = lambda done, of: None, before: Sequence[Plan] = (),
+    proofs: Sequence[Rollouts] = (),
 ) -> list[Checked]:
     """The best schedule for each cut that is wanted, proved by real runs; none that saves nothing, or whose runs overflow.
 
@@ -117,6 +120,8 @@ def calibrated(
         tries: Further runs for each cut from .4 on, which move one computed step at a time.
         progress: Told how many of how many parts are done.
         before: Plans that were found before, to be tried as well.
+        proofs: Prompts that chose no schedule. What a schedule is said to lose is measured on them, and one that a faster one
+            beats there is dropped: the best of many on some prompts is partly luck. None for those it was checked on.
     """
     cost = dict(zip(profile.boundaries, profile.costs, strict=True))
     calls = checks[0].full.record["calls"]  # some samplers evaluate some steps more often than others, or never
@@ -131,6 +136,7 @@ def calibrated(
     fronts = [[one.plan for one in front(profile, lead)] for lead in leads]
     usable = [plan for plan in before if fits(profile, plan)]
     race, rng = _Race(checks), np.random.default_rng(0)
+    parts = 2 * len(cuts) + len(proofs)
     best: dict[float, Plan] = {}
     for done, cut in enumerate(sorted(cuts, reverse=True)):
         missed = functools.partial(off, cut)
@@ -149,15 +155,20 @@ def calibrated(
                 race.result(plan)
         if plans:
             best[cut] = _climbed(profile, race.winner(plans), missed, race, tries if cut >= _HIGH else 0, rng)
-        progress(done + 1, 2 * len(cuts))
+        progress(done + 1, parts)
     for slower, cut in itertools.pairwise(sorted(best)):
         joined = (plan for plan in sparser(profile, best[slower]) if saved(plan) > saved(best[slower]))
         near = (plan for plan in itertools.chain((best[slower],), joined) if off(cut, plan) <= _TOLERANCE)
-        best[cut] = race.winner([best[cut], *itertools.islice(near, 2)])
-        progress(len(cuts) + len([one for one in cuts if one <= cut]), 2 * len(cuts))
+        best[cut] = race.winner([best[cut], *itertools.islice(near, _WIDE)])
+        progress(len(cuts) + len([one for one in cuts if one <= cut]), parts)
     plans = [race.winner([plan, expanded(plan)]) for plan in best.values()]  # the second where the fit does not hold
-    progress(2 * len(cuts), 2 * len(cuts))
-    found = [Checked(plan, float(np.mean([saved(did) for did in race.did(plan)])), *race.result(plan)) for plan in plans]
+    progress(2 * len(cuts), parts)
+    last = _Race(proofs) if proofs else race
+    for count in range(1, len(proofs) + 1):
+        for plan in plans:
+            last.result(plan, count)
+        progress(2 * len(cuts) + count, parts)
+    found = [Checked(plan, float(np.mean([saved(did) for did in last.did(plan)])), *last.result(plan)) for plan in plans]
     return unbeaten((one for one in found if one.cut > 0 and math.isfinite(one.loss)), lambda one: (one.cut, one.score))
 
 
@@ -204,7 +215,7 @@ class _Race:
             self._did.setdefault(plan, []).append(did)
         share = np.concatenate(shares[:count])
         finite = np.isfinite(share).all()
-        return float(share.mean()), float(np.sqrt(share / (share + SATURATION)).mean()) if finite else math.inf
+        return float(share.mean()), float((share / (share + SATURATION)).mean()) if finite else math.inf
 
 
 def _climbed(

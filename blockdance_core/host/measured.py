@@ -115,7 +115,7 @@ def parse_boundaries(text: str, depth: int) -> tuple[int, ...]:
 def calibrate(
     measured: Measured, path: str | os.PathLike[str], cuts: Sequence[float] = CUTS, fidelity: float = 0.0, tries: int = 0,
     progress: Callable[[int, int], None] = lambda done, of: None, checks: Sequence[Prompt] = (),
-    about: Mapping[str, Any] = MappingProxyType({}),
+    proofs: Sequence[Prompt] = (), about: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[SchedulePolicy, dict[str, Any]]:
     """Find the schedules of a profile, prove them, and add them to a policy file; those that it has already are tried, too.
 
@@ -126,7 +126,8 @@ def calibrate(
         fidelity: Keep the schedule alone that saves most of those that reach so many dB; 0 keeps all.
         tries: See `calibrated`.
         progress: Told how many of how many parts are done.
-        checks: Further prompts to prove them on; none for those of the profile.
+        checks: Further prompts to choose them on; none for those of the profile.
+        proofs: Further prompts to prove them on; none for those that they were chosen on.
         about: What the record is to say besides, as plain JSON data.
 
     Returns:
@@ -141,19 +142,20 @@ def calibrate(
     key = entry(measured.model, first, [nothing]).key
     before = [plan for one in policy.entries if one.key == key for plan in one.plans] if policy else []
     begun = time.perf_counter()
-    proofs = []
-    for prompt in checks or measured.prompts:
-        proofs.append(Rollouts(measured.model, prompt))
-        proofs[-1].forget()
-    found = calibrated(measured.profile, proofs, cuts, tries, progress, before)
+    rollouts: list[Rollouts] = []
+    for prompt in (*(checks or measured.prompts), *proofs):
+        rollouts.append(Rollouts(measured.model, prompt))
+        rollouts[-1].forget()
+    held = len(rollouts) - len(proofs)
+    found = calibrated(measured.profile, rollouts[:held], cuts, tries, progress, before, rollouts[held:])
     if not found:
         raise ValueError(f"No schedule of {measured.profile.steps} steps saves a share of the time near {list(cuts)}.")
     found = reaching(found, fidelity) if fidelity else found
     report = {
         "levels": table(found),
         "cost": {
-            "rollouts": measured.rollouts + sum(one.count for one in proofs),
-            "calls": measured.calls + sum(one.calls for one in proofs),
+            "rollouts": measured.rollouts + sum(one.count for one in rollouts),
+            "calls": measured.calls + sum(one.calls for one in rollouts),
             "seconds": round(measured.seconds + time.perf_counter() - begun, 2),
         },
     }

@@ -15,7 +15,7 @@ from blockdance_core.host import profiling
 from blockdance_core.policy import load
 from demo import calibrate
 
-SMALL = ["--steps", "8", "--prompts", "2", "--checks", "2", "--threads", "1"]
+SMALL = ["--steps", "8", "--prompts", "2", "--checks", "2", "--proofs", "1", "--threads", "1"]
 
 
 def run(*arguments: str) -> None:
@@ -83,10 +83,10 @@ def test_profile_of_another_version_is_measured_again(tmp_path: Path) -> None:
     assert calibrate._resumed(path, {}, None, []) is None
 
 
-def test_captions_of_profile_and_checks_are_of_the_train_split_and_differ() -> None:
+def test_captions_of_all_parts_are_of_the_train_split_and_differ() -> None:
     from demo import scenes
     from demo.bench.runner import prompts
 
-    profile, checks = (prompts("sd3-mini", "train", 8, seed) for seed in calibrate._SEEDS.values())
-    assert not set(profile) & set(checks)
+    profile, checks, proofs = (prompts("sd3-mini", "train", 8, seed) for seed in calibrate._SEEDS.values())
+    assert len({*profile, *checks, *proofs}) == 24
     assert {scenes.difficulty(text) for text in profile} == {"easy", "hard"}

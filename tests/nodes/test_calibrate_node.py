@@ -134,7 +134,7 @@ def test_plan_that_was_given_up_comes_back_where_the_better_one_overflows(
     monkeypatch.setattr(calibrate_module, "front", lambda _, lead: [Found(plans[lead > 1], 0.5, 1.0)])
 
     def of(*squared: float) -> Any:
-        return pretended(lambda plan: torch.full((4,), dict(zip(plans, squared, strict=True)).get(plan, 1.0)))
+        return pretended(lambda plan: torch.full((16,), dict(zip(plans, squared, strict=True)).get(plan, 1.0)))
 
     found, = calibrated(profile, [of(1e-4, 2e-4), of(float("nan"), 2e-4)], (0.5,))
     assert found.plan == plans[1]
@@ -219,34 +219,34 @@ def test_calibrating_again_keeps_what_was_better(
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_one_lost_picture_does_not_decide(measured: Any, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
-    """Three pictures much closer are worth more than one that is further off, though the mean square says the contrary."""
+    """However far off one is: three that are much closer are worth more, though the mean square says the contrary."""
     profile = measured.profile
     ways = [(0, 1, 1), (1, 3, 1), (4, 1, 1), (5, 3, 1)], [(0, 3, 1), (3, 1, 1), (4, 1, 1), (5, 3, 1)]
     plans = [plan_of(profile, some) for some in ways]
     monkeypatch.setattr(calibrate_module, "front", lambda _, lead: [Found(plans[lead > 1], 0.5, 1.0)])
 
     def errors(plan: Any) -> torch.Tensor:
-        return torch.tensor([4e-2, 1e-4, 1e-4, 1e-4] if plan == plans[0] else [5e-3] * 4)
+        return torch.tensor([2.0, 1e-4, 1e-4, 1e-4] if plan == plans[0] else [0.1] * 4)
 
     def of(first: int) -> Any:
         return pretended(lambda plan: errors(plan)[first : first + batch])
 
     found, = calibrated(profile, [of(first) for first in range(0, 4, batch)], (0.5,))
     assert found.plan == plans[0]
-    assert found.loss > 5e-3
+    assert found.loss > 0.1
 
 
 def test_plan_that_falls_far_behind_is_not_run_on_further_prompts(measured: Any) -> None:
-    """Little behind on the first prompt it may still win on all, and so may one that was run on all before."""
+    """Little behind on the first sixteen it may still win on all, and so may one that was run on all before."""
     ways = [(0, 1, 1), (1, 3, 1), (4, 1, 1), (5, 3, 1)], [(0, 3, 1), (3, 1, 1), (4, 1, 1), (5, 3, 1)], \
         [(0, 1, 1), (1, 3, 1), (4, 3, 1), (7, 1, 1)]
     leader, close, far = plans = [plan_of(measured.profile, some) for some in ways]
-    squared, run = {leader: (1e-4, 1e-4), close: (1.4e-4, 1e-5), far: (1.7e-4, 0.0)}, []
+    squared, run = {leader: (1e-4, 1e-4), close: (1.4e-4, 5e-5), far: (1.7e-4, 0.0)}, []
 
     def of(prompt: int) -> Any:
         def errors(plan: Any) -> torch.Tensor:
             run.append((plan, prompt))
-            return torch.full((4,), squared[plan][prompt])
+            return torch.full((16,), squared[plan][prompt])
 
         return pretended(errors)
 
@@ -258,14 +258,14 @@ def test_plan_that_falls_far_behind_is_not_run_on_further_prompts(measured: Any)
     assert race.winner(plans) is far
 
 
+@pytest.mark.parametrize("proofs", [0, 2])
 @pytest.mark.parametrize("cuts", [(0.5,), (0.1, 0.25, 0.5, 0.8)])
-def test_progress_ends_when_all_is_done(measured: Any, cuts: tuple[float, ...]) -> None:
+def test_progress_ends_when_all_is_done(measured: Any, cuts: tuple[float, ...], proofs: int) -> None:
     told: list[tuple[int, int]] = []
-    calibrated(
-        measured.profile, [pretended(lambda plan: torch.tensor([10.0 ** -plan.count(None)]))], cuts,
-        progress=lambda done, of: told.append((done, of)))
+    one, *others = [pretended(lambda plan: torch.tensor([10.0 ** -plan.count(None)]))] * (1 + proofs)
+    calibrated(measured.profile, [one], cuts, progress=lambda done, of: told.append((done, of)), proofs=others)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
-    assert told[-1] == (2 * len(cuts), 2 * len(cuts))
+    assert told[-1] == (2 * len(cuts) + proofs, 2 * len(cuts) + proofs)
 
 
 def test_cut_counts_the_calls_that_the_sampler_makes(measured: Any) -> None:
@@ -395,6 +395,18 @@ def test_promised_cut_is_that_of_a_run_where_a_feature_is_missing(nodes: dict[st
     run = last_run(fast)
     assert run["reused_steps"] / STEPS == pytest.approx(policy.entries[0].cuts[0])
     assert not run["fallbacks"]
+
+
+def test_prompts_that_chose_nothing_say_what_is_lost_and_drop_what_a_faster_schedule_beats(measured: Any) -> None:
+    def errors(base: float, sparse: float) -> Any:
+        return lambda plan: torch.tensor([base ** plan.count(None) if plan.count(None) > 4 else sparse])
+
+    profile = with_costs(measured).profile
+    kept = calibrated(profile, [pretended(errors(0.1, 0.5))], (0.25, 0.5))
+    assert [one.plan.count(None) <= 4 for one in kept] == [False, True]
+    proved = calibrated(profile, [pretended(errors(0.1, 0.5))], (0.25, 0.5), proofs=[pretended(errors(0.9, 0.2))])
+    assert [one.plan for one in proved] == [kept[1].plan]
+    assert proved[0].loss == pytest.approx(0.2)
 
 
 def test_effort_keeps_to_the_cut(measured: Any) -> None:
