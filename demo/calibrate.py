@@ -1,7 +1,8 @@
 """Find the best schedules for a demo model and keep them in a policy file; started again, it goes on where it ended.
 
-For each number of steps: profile what reuse would cost on captions of the train split, let the program find the schedules,
-choose among them on further captions, prove them on captions that chose nothing, and add them to the file. The test split is for figures only and never seen here.
+For each number of steps: profile what reuse would cost on captions of the train split, let the program find schedules, choose
+among them on further captions, prove them on captions that chose nothing, and add them to the file. The test split is for
+figures only and never seen here.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def calibrate(demo: Any, options: argparse.Namespace, out: Path, command: str) -
         "scheduler": options.scheduler, "steps": options.steps, "cfg": options.cfg, "prompts": options.prompts, "batch": BATCH,
         "boundaries": list(host.parse_boundaries(options.boundaries, depth_of(demo.model)) or (depth_of(demo.model) - 1,)),
     }
-    how = {"checks": options.checks, "proofs": options.proofs, "effort": options.effort, "cut": options.cut, "fidelity_db": options.fidelity}
+    how = {"checks": options.checks, "proofs": options.proofs, "effort": options.effort, "cut": options.cut,
+           "fidelity_db": options.fidelity}
     title = f"{options.model}, {options.steps} steps of {options.sampler} {options.scheduler}"
     policy = host.kept(out, demo.model)
     records = policy.record.get("calibrations", {}).values() if policy else ()
