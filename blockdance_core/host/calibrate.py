@@ -29,15 +29,15 @@ _LEADS = (0.0, 0.1, 0.15, 0.2, 0.3)
 _TOLERANCE = 0.02
 _HIGH = 0.4
 _FEWEST = 3
-_WIDE = 4
+_WIDE = 8
 """So many ways to compute one step less are tried at each level."""
 SATURATION = 0.1
 """Squared error s, as a share of the variance, from about which on a picture counts as lost: s / (s + this)."""
 
 _BEHIND = 1.5
 """A plan that did this many times worse than the best one on the first prompts is not run on the others."""
-_FIRST = 16
-"""Samples, at least, that such a judgement is made on: on fewer, a plan that loses one picture in ten looks like the best."""
+_FIRST = 4
+"""Samples, at least, that such a judgement is made on."""
 
 
 @dataclasses.dataclass

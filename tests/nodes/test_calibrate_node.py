@@ -134,7 +134,7 @@ def test_plan_that_was_given_up_comes_back_where_the_better_one_overflows(
     monkeypatch.setattr(calibrate_module, "front", lambda _, lead: [Found(plans[lead > 1], 0.5, 1.0)])
 
     def of(*squared: float) -> Any:
-        return pretended(lambda plan: torch.full((16,), dict(zip(plans, squared, strict=True)).get(plan, 1.0)))
+        return pretended(lambda plan: torch.full((4,), dict(zip(plans, squared, strict=True)).get(plan, 1.0)))
 
     found, = calibrated(profile, [of(1e-4, 2e-4), of(float("nan"), 2e-4)], (0.5,))
     assert found.plan == plans[1]
@@ -237,7 +237,7 @@ def test_one_lost_picture_does_not_decide(measured: Any, monkeypatch: pytest.Mon
 
 
 def test_plan_that_falls_far_behind_is_not_run_on_further_prompts(measured: Any) -> None:
-    """Little behind on the first sixteen it may still win on all, and so may one that was run on all before."""
+    """Little behind on the first prompt it may still win on all, and so may one that was run on all before."""
     ways = [(0, 1, 1), (1, 3, 1), (4, 1, 1), (5, 3, 1)], [(0, 3, 1), (3, 1, 1), (4, 1, 1), (5, 3, 1)], \
         [(0, 1, 1), (1, 3, 1), (4, 3, 1), (7, 1, 1)]
     leader, close, far = plans = [plan_of(measured.profile, some) for some in ways]
@@ -246,7 +246,7 @@ def test_plan_that_falls_far_behind_is_not_run_on_further_prompts(measured: Any)
     def of(prompt: int) -> Any:
         def errors(plan: Any) -> torch.Tensor:
             run.append((plan, prompt))
-            return torch.full((16,), squared[plan][prompt])
+            return torch.full((4,), squared[plan][prompt])
 
         return pretended(errors)
 
