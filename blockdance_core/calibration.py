@@ -10,12 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -136,32 +133,6 @@ def merged(profiles: Sequence[Profile]) -> Profile:
         grams=np.sum([one.grams for one in profiles], 0),
         errors=np.concatenate([one.errors for one in profiles]), gains=np.concatenate([one.gains for one in profiles]),
     )
-
-
-def save_profile(profile: Profile, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
-    """Write a profile, whole or not at all, as a NumPy archive; what it was measured with beside it, as JSON."""
-    fields = {field.name: getattr(profile, field.name) for field in dataclasses.fields(profile)}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(path.name + ".part")
-    with written.open("wb") as file:
-        np.savez_compressed(file, settings=json.dumps(dict(settings)), **fields)
-    os.replace(written, path)
-
-
-def load_profile(path: str | os.PathLike[str]) -> tuple[Profile, dict[str, Any]]:
-    """A profile and its settings, as `save_profile` wrote them; nothing in the file is executed.
-
-    Raises:
-        ValueError: The file was written by another version.
-    """
-    with np.load(path, allow_pickle=False) as file:
-        found = {name: file[name] for name in file.files}
-    if found.keys() != {"settings", *(field.name for field in dataclasses.fields(Profile))}:
-        raise ValueError(f"{path} holds {', '.join(sorted(found))}: it is of another version. Profile again.")
-    settings: dict[str, Any] = json.loads(str(found.pop("settings")))
-    rows: dict[str, Any] = {name: tuple(found.pop(name).tolist()) for name in ("boundaries", "costs", "lags", "sigmas")}
-    return Profile(**rows, **found), settings
 
 
 @dataclasses.dataclass(frozen=True)

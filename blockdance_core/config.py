@@ -68,7 +68,6 @@ class Config:
         cache_device: Where features are kept.
         policy: Says which steps reuse what, in place of everything but `enabled`, N and `cache_device`.
         quality: How far a forecast may be off before a step is computed instead, see `guard.py`; `off` for no limit.
-        tolerance: In place of the quality's own, for measurements.
 
     Raises:
         ConfigError: A value is out of its range.
@@ -85,7 +84,6 @@ class Config:
     cache_device: str = "auto"
     policy: Policy | None = None
     quality: str = "off"
-    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (

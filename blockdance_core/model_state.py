@@ -71,8 +71,7 @@ class ModelState:
         self.open = config.open
         if config.guarded:
             lead = math.ceil(_LEAD * (len(levels) - 1)) if config.open else 0
-            tolerance = QUALITIES[config.quality] if config.tolerance is None else config.tolerance
-            self.guard = Guard(tolerance, self.cache.keep, accepted, lead)
+            self.guard = Guard(QUALITIES[config.quality], self.cache.keep, accepted, lead)
         self.broken: str | None = None
         self.first_evaluation: int | None = None
         self.predicted_bytes = 0
@@ -177,10 +176,10 @@ class ModelState:
         if choice == "cpu":
             return cache.move(torch.device("cpu"), cache.keep)
         room = info.room() + cache.stored_bytes  # what is stored by now has its place already
+        size = f"{predicted / 2**20:.0f} MiB of features do not fit the {max(room, 0) / 2**20:.0f} MiB left on {info.device}"
         if choice == "gpu" or predicted <= room:
             cache.limit = min(cache.limit, max(room, 0.0))
-            return ()
-        size = f"{predicted / 2**20:.0f} MiB of features do not fit the {max(room, 0) / 2**20:.0f} MiB left on {info.device}"
+            return () if predicted <= room else (f"{size}: what does not is not reused; choose cache device auto or cpu",)
         if cache.keep > 1 and predicted / cache.keep <= room:
             self.predicted_bytes = predicted // cache.keep
             cache.limit = min(_LIMIT * self.predicted_bytes, room)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,6 +95,10 @@ class Session:
         self._lock = threading.Condition()  # on several GPUs the host calls one model per device, each from a thread
         self._under_way = 0
         self._closed = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        """Itself: some nodes copy the options of a run that is under way, which name it."""
+        return self
 
     @contextlib.contextmanager
     def evaluation(

@@ -266,7 +266,9 @@ class FeatureCache:
             return None
         device = self.device or part.device
         # Blocks and the host write into their tensors later on: what is stored must be a new tensor.
-        return part.to(device, copy=True) if base is None else _saturated(part.float() - base.float(), part.dtype).to(device)
+        if base is None:
+            return part.to(device, copy=True)
+        return _saturated(part.to(torch.float32, copy=True).sub_(base), part.dtype).to(device)
 
     def _replace(self, key: StreamKey, boundary: int, history: list[Entry]) -> None:
         before = self._entries.pop((key, boundary), [])

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import json
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from blockdance_core.calibration import Profile
 from demo import options as common
 from demo.bench.runner import batches
 from demo.loader import MODELS, load_demo
@@ -61,7 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def calibrate(demo: Any, options: argparse.Namespace, out: Path, command: str) -> None:
     """One number of steps, from the profile to the file; nothing if the file holds it already."""
-    from blockdance_core.calibration import save_profile
     from blockdance_core.host import measured as host
     from blockdance_core.host.calibrate import CUTS, depth_of
 
@@ -119,7 +123,6 @@ def _prompts(demo: Any, options: argparse.Namespace, part: str) -> list[Any]:
 
 def _resumed(path: Path, settings: dict[str, Any], model: Any, prompts: Sequence[Any]) -> Any:
     """What an earlier call measured; None if there is nothing, or of another version or with other settings."""
-    from blockdance_core.calibration import load_profile
     from blockdance_core.host.measured import Measured
 
     if not path.is_file():
@@ -131,6 +134,32 @@ def _resumed(path: Path, settings: dict[str, Any], model: Any, prompts: Sequence
     if not settings.items() <= kept.items():
         return None
     return Measured(model, tuple(prompts[: kept["batches"]]), profile, **kept["cost"])
+
+
+def save_profile(profile: Profile, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+    """Write a profile, whole or not at all, as a NumPy archive; what it was measured with beside it, as JSON."""
+    fields = {field.name: getattr(profile, field.name) for field in dataclasses.fields(profile)}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(path.name + ".part")
+    with written.open("wb") as file:
+        np.savez_compressed(file, settings=json.dumps(dict(settings)), **fields)
+    os.replace(written, path)
+
+
+def load_profile(path: str | os.PathLike[str]) -> tuple[Profile, dict[str, Any]]:
+    """A profile and its settings, as `save_profile` wrote them; nothing in the file is executed.
+
+    Raises:
+        ValueError: The file was written by another version.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        found = {name: file[name] for name in file.files}
+    if found.keys() != {"settings", *(field.name for field in dataclasses.fields(Profile))}:
+        raise ValueError(f"{path} holds {', '.join(sorted(found))}: it is of another version. Profile again.")
+    settings: dict[str, Any] = json.loads(str(found.pop("settings")))
+    rows: dict[str, Any] = {name: tuple(found.pop(name).tolist()) for name in ("boundaries", "costs", "lags", "sigmas")}
+    return Profile(**rows, **found), settings
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ class BlockDanceAccelerate(io.ComfyNode):
                     "boundary and forecast. N says how fast, or the policy's own cut.")),
                 io.Combo.Input("quality", options=list(QUALITIES), default="off", tooltip=(
                     "Watches the forecasts and computes a step where they would be off by more than this. With the preset auto "
-                    "this alone decides, whatever N: as much reuse as the picture allows.")),
+                    "this alone decides, as much reuse as the picture allows: N matters only as off (1).")),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],

@@ -45,8 +45,10 @@ class BlockDanceLoadPolicy(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, policy_name: str, cut: float = 0.0) -> str:
-        """Changes when the file does; the page tells of the rest."""
+    def fingerprint_inputs(cls, policy_name: str | None, cut: float = 0.0) -> str:
+        """Changes when the file does; the page tells of the rest, and so does the node that a name comes from."""
+        if policy_name is None:
+            return ""
         path = policy_path(policy_name)
         state = os.stat(path)
         return f"{path} {state.st_mtime_ns} {state.st_size}"

@@ -15,7 +15,6 @@ from blockdance_core.host.measured import Measured
 from blockdance_core.host.paths import new_policy_path
 from blockdance_core.host.rewards import by_name
 from blockdance_core.host.training import CHOICES, Design, further, parse_tradeoffs, train
-from blockdance_core.policy import SchedulePolicy
 from blockdance_core.policy.training import Settings
 
 from .load_policy import PolicyType
@@ -83,9 +82,6 @@ class BlockDanceTrainPolicy(io.ComfyNode):
         seed: int, prompts: str = "", policy: Any = None, clip: Any = None, vae: Any = None, clip_vision: Any = None,
     ) -> io.NodeOutput:
         """Returns the policy, its record as JSON and the curve [1, 300, 960, 3]."""
-        if policy is not None and not isinstance(policy, SchedulePolicy):
-            raise ValueError("The policy that is connected is an adaptive one itself: connect calibrated schedules, or "
-                             "nothing.")
         judge = by_name(reward, vae, clip, clip_vision)
         more, lines = further(profile.prompts[0], prompts, clip)
         known = () if judge.reads else profile.prompts  # what these say is not known

@@ -144,7 +144,7 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
         text = identity.text(getattr(guider, "conds", {}), shapes[0][0])
         policy.require(shapes[0][1] if len(shapes) == 1 else 1, None if text is None else text.shape[2])
     accepted = accepted_errors(model_sampling, sigmas) if handle.config.guarded else []
-    together = bool(get_all_wrappers(WrappersMP.DIFFUSION_MODEL, guider.model_options, is_model_options=True))
+    together = _undivided(guider.model_options.get("transformer_options", {}))
     session = Session(handle.config, sigmas, levels, tell, sampler, accepted, text, together)
     other = getattr(guider, "uncond_model_patcher", None)  # the host's DualModelGuider runs both within one run
     second = None if other is None else handle_of(other)
@@ -296,11 +296,22 @@ def _apply_model(
         return batch.joined(results, indices)
 
 
+def _undivided(options: dict[str, Any]) -> bool:
+    """Whether something beside the model may hold a row for each sample of the whole batch, as Uni3C and LLLite patches do."""
+    patches = any(any(options.get(kind, {}).values()) for kind in ("patches", "patches_replace"))
+    return patches or bool(get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options))
+
+
 def _session_in(options: dict[str, Any]) -> Session | None:
     session = options.get(KEY)
     return session if isinstance(session, Session) else None
 
 
 def _room(model: BaseModel, x: torch.Tensor) -> float:
-    """Bytes free on the device beyond what the host expects one call of this batch to need."""
-    return float(model_management.get_free_memory(x.device)) - float(model.memory_required(list(x.shape)))
+    """Bytes free on the device beyond what the host expects one call of this batch to need.
+
+    Asked as the host asks before it batches conditionings: weights that it would give up for them count as free. (Releases
+    that never give up any have no such question.)
+    """
+    free = getattr(getattr(model, "current_patcher", None), "get_free_memory", model_management.get_free_memory)
+    return float(free(x.device)) - float(model.memory_required(list(x.shape)))

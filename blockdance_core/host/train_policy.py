@@ -161,14 +161,12 @@ def _train(options: argparse.Namespace) -> None:
     from blockdance_core.host.processes import rank
     from blockdance_core.host.rewards import by_name
     from blockdance_core.host.training import train
-    from blockdance_core.policy import SchedulePolicy, load
+    from blockdance_core.policy import load
 
     lines = [line.strip() for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     model, clip, vae, clip_vision = _loaded(options)
     reward = by_name(options.reward, vae, clip, clip_vision)
     base = load(options.policy) if options.policy else None
-    if base is not None and not isinstance(base, SchedulePolicy):
-        raise ValueError(f"{options.policy} is an adaptive policy itself: give a calibrated one.")
     design, settings = chosen(options, depth_of(model))
     prompts = [_prompt(options, model, clip, line, options.seed + k) for k, line in enumerate(lines)]
     with console() as progress:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blockdance_core import families, plots
-from blockdance_core.config import FEW_STEPS, ConfigError
+from blockdance_core.config import FEW_STEPS, ConfigError, Policy
 from blockdance_core.forecast import FORECASTS
 from blockdance_core.host.checkpoint import digest, resumed
 from blockdance_core.host.pictures import Pictures
@@ -79,7 +79,7 @@ PUBLISHED = (
 
 
 def designed(
-    model: ModelPatcher, prompt: Prompt, base: SchedulePolicy | None, design: Design, levels: int, seed: int = 0
+    model: ModelPatcher, prompt: Prompt, base: Policy | None, design: Design, levels: int, seed: int = 0
 ) -> AdaptivePolicy:
     """An untrained policy for a model and a way of sampling.
 
@@ -92,7 +92,7 @@ def designed(
         seed: Of the network's first weights.
 
     Raises:
-        ConfigError: The base policy is for another model, or was not calibrated for this sampler and number of steps.
+        ConfigError: The base policy is adaptive, for another model, or not calibrated for this sampler and number of steps.
     """
     match = families.find(model.get_model_object("diffusion_model"))
     family, depth = match.family.name, len(match.blocks)
@@ -104,6 +104,8 @@ def designed(
         boundary = match.family.defaults.boundary(depth)
         ascending = list(itertools.accumulate(levels_passed, max))
         base = _uniform(family, depth, boundary, sampler, prompt.scheduler, ascending)
+    if not isinstance(base, SchedulePolicy):
+        raise ConfigError(f"The policy {base.name} is an adaptive one itself: give calibrated schedules, or none.")
     base.check(family, depth)
     fitting = [k for k, entry in enumerate(base.entries) if entry.sampler == sampler and entry.same(levels_passed)]
     if not fitting:
@@ -231,7 +233,7 @@ def _unlike(one: Plan, other: Plan) -> int:
 
 @torch.inference_mode(False)  # the host runs its nodes in it, and nothing can be learnt there
 def train(
-    model: ModelPatcher, prompts: Sequence[Prompt], path: str | os.PathLike[str], base: SchedulePolicy | None = None,
+    model: ModelPatcher, prompts: Sequence[Prompt], path: str | os.PathLike[str], base: Policy | None = None,
     design: Design | None = None, settings: Settings | None = None, reward: Reward | None = None,
     texts: Sequence[Sequence[str]] = (), costs: dict[int, float] | None = None, record: dict[str, Any] | None = None,
     progress: Progress = lambda what, done, of, curve: None,

@@ -193,7 +193,7 @@ class AdaptivePolicy:
             group_size: N.
             step: Where the decision falls.
         """
-        logits = self.logits(sight)[:, level_for(self.cuts, group_size, self)[0]]
+        logits = self.logits(sight)[:, level_for(self.cuts, group_size, self.wanted, self.name)[0]]
         return tuple(self.scheduled(self.plan(self.likeliest(row)), levels, step) for row in logits)
 
     def logits(self, sight: Sight) -> Tensor:
@@ -216,7 +216,7 @@ class AdaptivePolicy:
 
     def _warnings(self, levels: Sequence[float], sampler: str, group_size: int) -> tuple[str, ...]:
         entry, count = self.entry, len(levels) - 1
-        _, warnings = level_for(self.cuts, group_size, self)
+        _, warnings = level_for(self.cuts, group_size, self.wanted, self.name)
         if sampler != entry.sampler or not entry.same(levels):
             warnings += (f"trained for {entry.steps} steps of {entry.sampler} {entry.scheduler}, this run has {count} of "
                          f"{sampler}: what the network decides is fitted by noise level",)

@@ -7,7 +7,7 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from blockdance_core.config import ConfigError
 from blockdance_core.forecast import LARGEST_WEIGHT, MOST_FEATURES
@@ -235,7 +235,7 @@ class SchedulePolicy:
         entry = min(self.entries, key=lambda entry: (
             entry.sampler != sampler, not entry.same(levels), entry.uncalibrated(levels),
             round(abs(math.log(entry.whole(levels) / entry.steps)), 3), entry.departure(levels)))
-        level, slower = level_for(entry.cuts, group_size, self)
+        level, slower = level_for(entry.cuts, group_size, self.wanted, self.name)
         plan = entry.plans[level]
         warnings = self._warnings(entry, levels, sampler) + slower
         scheduled = follow(entry.fitted(plan, levels))
@@ -259,25 +259,13 @@ class SchedulePolicy:
                 "fitted by noise level",)
 
 
-class Adjustable(Protocol):
-    """A policy whose speed can be chosen."""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-
-    @property
-    def wanted(self) -> float:
-        """See `SchedulePolicy`."""
-
-
-def level_for(cuts: Sequence[float], group_size: int, policy: Adjustable) -> tuple[int, tuple[str, ...]]:
-    """The fastest level with a cut of at most what is wanted, or else 1 - 1/N; and a warning if there is none."""
-    most, given = (policy.wanted, f"cut = {policy.wanted:g}") if policy.wanted else (1 - 1 / group_size, f"N = {group_size}")
+def level_for(cuts: Sequence[float], group_size: int, wanted: float, name: str) -> tuple[int, tuple[str, ...]]:
+    """The fastest level with a cut of at most what is wanted, or else 1 - 1/N; and a warning if policy `name` has none."""
+    most, given = (wanted, f"cut = {wanted:g}") if wanted else (1 - 1 / group_size, f"N = {group_size}")
     allowed = [index for index, cut in enumerate(cuts) if cut <= most + _ROUNDING]
     if allowed:
         return allowed[-1], ()
-    return 0, (f"{given} is slower than anything in {policy.name}: its slowest schedule is used",)
+    return 0, (f"{given} is slower than anything in {name}: its slowest schedule is used",)
 
 
 def require_rows(plans: Iterable[Plan], of: str = "") -> None:

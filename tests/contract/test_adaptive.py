@@ -333,6 +333,26 @@ def test_batch_goes_as_one_where_another_node_keeps_things_between_calls(monkeyp
     assert len(last_run(accelerated)["adaptive"]["parts"]) == 1
 
 
+def test_batch_goes_as_one_where_a_patch_holds_a_row_for_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["qwen_image"]
+    policy = adaptive(case)
+    choosing(policy, monkeypatch, 0, 2, 2)
+    control = torch.tensor([0.0, 1.0, 2.0]).view(3, 1, 1)
+
+    def patch(args: dict[str, Any]) -> dict[str, Any]:  # as LLLite does it
+        image = args["img"]
+        assert image.shape[0] % 3 == 0
+        image += control.repeat(image.shape[0] // 3, 1, 1).to(image)
+        return args
+
+    model = model_of(case).clone()
+    model.set_model_double_block_patch(patch)
+    accelerated = accelerate(model, policy=policy)
+    result = sample(accelerated, case, steps=STEPS, batch=3)
+    assert len(last_run(accelerated)["adaptive"]["parts"]) == 1
+    assert torch.equal(result, sample(model, case, steps=STEPS, batch=3)), "as the one that saves least"
+
+
 def test_text_that_lies_on_another_device_than_the_latent_is_moved() -> None:
     network = adaptive(CASES["sd3"]).network.to("meta")
     latent = torch.empty(1, network.shape.channels, 8, 8, device="meta")

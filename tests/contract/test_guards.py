@@ -10,6 +10,7 @@ from harness import STEPS, accelerate, every_case, every_family, last_run, model
 from tiny import CASES, Case, count_calls, sample
 
 from blockdance_core import streams
+from blockdance_core.config import QUALITIES
 
 pytestmark = pytest.mark.smoke
 FIRST_CALL = {"the model keeps the keys and values of the prompt in this call"}
@@ -17,9 +18,10 @@ GUARDED = {"preset": "auto", "quality": "draft", "group_size": 2}
 
 
 @every_case
-def test_guard_that_accepts_everything_skips_all_blocks_behind_its_lead(case: Case) -> None:
+def test_guard_that_accepts_everything_skips_all_blocks_behind_its_lead(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(case)
-    accelerated = accelerate(model, **GUARDED, tolerance=math.inf)
+    monkeypatch.setitem(QUALITIES, "draft", math.inf)
+    accelerated = accelerate(model, **GUARDED)
     totals: list[list[int]] = []
     with count_calls(case.blocks(model.model.diffusion_model)) as counts:
         result = sample(accelerated, case, steps=STEPS, callback=lambda *_: totals.append(list(counts)))
@@ -36,9 +38,10 @@ def test_guard_that_accepts_everything_skips_all_blocks_behind_its_lead(case: Ca
 
 
 @every_case
-def test_guard_that_accepts_nothing_computes_everything_bit_by_bit(case: Case) -> None:
+def test_guard_that_accepts_nothing_computes_everything_bit_by_bit(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(case)
-    accelerated = accelerate(model, **GUARDED, tolerance=0.0)
+    monkeypatch.setitem(QUALITIES, "draft", 0.0)
+    accelerated = accelerate(model, **GUARDED)
     assert torch.equal(sample(accelerated, case, steps=STEPS), sample(model, case, steps=STEPS))
     assert reused_steps(last_run(accelerated)) == []
     assert last_run(accelerated)["decisions"][-1] == "compute", "nothing is stored for steps that do not come"
@@ -61,12 +64,15 @@ def test_published_method_is_left_as_it_is() -> None:
     assert last_run(guarded)["config"]["quality"] == "off"
 
 
-def test_guard_turns_planned_reuse_into_compute_and_what_it_computes_serves_the_next_step() -> None:
+def test_guard_turns_planned_reuse_into_compute_and_what_it_computes_serves_the_next_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     case = CASES["sd3"]
     model = model_of(case)
+    monkeypatch.setitem(QUALITIES, "near-lossless", 0.0)
+    monkeypatch.setitem(QUALITIES, "draft", math.inf)
     strict, loose, free = (
-        accelerate(model, group_size=4, forecast="taylor", **more)
-        for more in ({"quality": "draft", "tolerance": 0.0}, {"quality": "draft", "tolerance": math.inf}, {})
+        accelerate(model, group_size=4, forecast="taylor", quality=quality) for quality in ("near-lossless", "draft", "off")
     )
     for accelerated in (strict, loose, free):
         sample(accelerated, case, steps=STEPS)
@@ -79,7 +85,8 @@ def test_guard_turns_planned_reuse_into_compute_and_what_it_computes_serves_the_
 def test_residual_that_does_not_fit_its_input_is_not_watched_and_never_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["sd3"]
     monkeypatch.setattr(streams, "_fits", lambda *_: False)
-    accelerated = accelerate(model_of(case), **GUARDED, tolerance=math.inf)
+    monkeypatch.setitem(QUALITIES, "draft", math.inf)
+    accelerated = accelerate(model_of(case), **GUARDED)
     assert torch.equal(sample(accelerated, case, steps=STEPS), sample(model_of(case), case, steps=STEPS))
     assert reused_steps(last_run(accelerated)) == []
     assert any("cannot be watched" in text for text in last_run(accelerated)["warnings"])

@@ -98,11 +98,11 @@ def test_published_network_has_the_published_size() -> None:
 
 def test_levels_are_picked_by_n_and_options_by_likelihood() -> None:
     looks = adaptive()
-    assert [level_for(looks.cuts, group_size, looks) for group_size in (2, 3, 64)] == [(1, ())] * 3
-    assert level_for((0.2, 0.6), 2, looks) == (0, ())
-    assert level_for((0.6, 0.7), 2, looks)[1][0].startswith(f"N = 2 is slower than anything in {looks.name}")
+    assert [level_for(looks.cuts, group_size, looks.wanted, looks.name) for group_size in (2, 3, 64)] == [(1, ())] * 3
+    assert level_for((0.2, 0.6), 2, looks.wanted, looks.name) == (0, ())
+    assert level_for((0.6, 0.7), 2, looks.wanted, looks.name)[1][0].startswith(f"N = 2 is slower than anything in {looks.name}")
     cautious = looks.at(0.25)
-    assert [level_for((0.2, 0.6), group_size, cautious) for group_size in (2, 64)] == [(0, ())] * 2
+    assert [level_for((0.2, 0.6), group_size, cautious.wanted, cautious.name) for group_size in (2, 64)] == [(0, ())] * 2
     assert cautious.base.wanted == 0.25, "for runs in which the network cannot look"
     assert looks.likeliest(torch.tensor([0.0, 2.0, 1.0])) == (1,)
 

@@ -1,4 +1,4 @@
-"""The program against every plan there is, and profiles on disk."""
+"""The program against every plan there is."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import itertools
 import math
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,11 +20,9 @@ from blockdance_core.calibration import (
     fits,
     front,
     groups_of,
-    load_profile,
     merged,
     neighbours,
     plan_of,
-    save_profile,
     sparser,
 )
 from blockdance_core.schedule import REUSE, Plan, follow
@@ -271,20 +267,6 @@ def test_merged_holds_all_prompts_and_refuses_other_settings() -> None:
     assert np.array_equal(both.grams, 2 * one.grams)
     with pytest.raises(ValueError, match="different settings"):
         merged([one, dataclasses.replace(one, boundaries=(1, 7))])
-
-
-def test_profile_comes_back_from_disk_as_it_was(tmp_path: Path) -> None:
-    one, settings = profile(), {"sampler": "euler", "prompts": 8}
-    path = tmp_path / "new" / "a.npz"
-    save_profile(one, path, settings)
-    found, kept = load_profile(path)
-    assert kept == settings
-    assert [file.name for file in path.parent.iterdir()] == ["a.npz"]
-    for field in dataclasses.fields(Profile):
-        before, after = getattr(one, field.name), getattr(found, field.name)
-        same: Any = np.array_equal(before, after, equal_nan=True) if isinstance(before, np.ndarray) else before == after
-        assert same, field.name
-    assert front(found) == front(one)
 
 
 def test_costs_of_merged_profiles_weigh_by_samples_however_they_are_chained() -> None:

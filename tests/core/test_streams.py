@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from blockdance_core import streams
 from blockdance_core.forecast import FORECASTS
@@ -78,6 +81,27 @@ def test_store_of_a_residual_with_a_zero_base_is_a_new_tensor() -> None:
     output.add_(5)
     base.add_(5)
     assert value(get(into, current=10.0)) == 11
+
+
+def test_storing_a_residual_needs_one_float32_copy_of_it() -> None:
+    made: list[Tensor] = []
+
+    class Made(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made.append(function(*args, **(kwargs or {})))
+            return made[-1]
+
+    for dtype in (torch.bfloat16, torch.float32):
+        output, base = torch.randn(1, 5, 2).to(dtype), torch.randn(1, 5, 2).to(dtype)
+        before = output.clone(), base.clone()
+        made.clear()
+        with Made():
+            kept = cache("delta")._kept(output, base)
+        assert kept is not None
+        assert torch.equal(kept, (output.float() - base.float()).to(dtype))
+        assert torch.equal(torch.stack((output, base)), torch.stack(before)), "the model's own tensors stay as they are"
+        tensors = [one for one in made if isinstance(one, Tensor)]
+        assert len({one.data_ptr() for one in tensors if one.dtype == torch.float32}) == 1
 
 
 def test_delta_and_taylor_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blockdance_core import calibration
+from blockdance_core.calibration import Profile
 from blockdance_core.host import profiling
 from blockdance_core.policy import load
 from demo import calibrate
@@ -32,7 +33,7 @@ def test_a_small_calibration_is_kept_resumed_and_extended(
     profile = out.with_name("a.safetensors.euler-8.npz")
     measure, measured = profiling.measure, []
 
-    def measure_once(*arguments: Any, **more: Any) -> calibration.Profile:
+    def measure_once(*arguments: Any, **more: Any) -> Profile:
         if len(measured) == 1:
             raise InterruptedError
         measured.append(measure(*arguments, **more))
@@ -41,7 +42,7 @@ def test_a_small_calibration_is_kept_resumed_and_extended(
     monkeypatch.setattr(profiling, "measure", measure_once)
     with pytest.raises(InterruptedError):
         run("--out", str(out))
-    assert calibration.load_profile(profile)[1]["batches"] == 1
+    assert calibrate.load_profile(profile)[1]["batches"] == 1
 
     measured.append(None)  # one more is allowed
     monkeypatch.setattr("blockdance_core.host.measured.calibrated", lambda *_, **__: [])
@@ -49,7 +50,7 @@ def test_a_small_calibration_is_kept_resumed_and_extended(
         run("--out", str(out))
     assert len(measured) == 3
     assert os.listdir(out.parent) == [profile.name]
-    before, settings = calibration.load_profile(profile)
+    before, settings = calibrate.load_profile(profile)
     assert before.errors.shape[0] == settings["batches"] == 2
     assert (settings["prompts"], settings["split"], settings["boundaries"]) == (2, "train", [15])
     rollouts = settings["cost"]["rollouts"]
@@ -75,6 +76,20 @@ def test_a_small_calibration_is_kept_resumed_and_extended(
     assert "already in" in capsys.readouterr().out
     with pytest.raises(TypeError):
         run("--out", str(out), "--effort", "1", "--again")
+
+
+def test_profile_comes_back_from_disk_as_it_was(tmp_path: Path) -> None:
+    arrays = np.ones((2, 2, 2)), np.full((3, 2, 2, 2, 2), np.nan), np.ones((3, 3))
+    one = Profile((5, 7), (0.5, 0.25), (1, 2), (1.0, 0.5), *arrays)
+    path = tmp_path / "new" / "a.npz"
+    calibrate.save_profile(one, path, {"sampler": "euler", "prompts": 8})
+    found, kept = calibrate.load_profile(path)
+    assert kept == {"sampler": "euler", "prompts": 8}
+    assert [file.name for file in path.parent.iterdir()] == ["a.npz"]
+    for field in dataclasses.fields(Profile):
+        before, after = getattr(one, field.name), getattr(found, field.name)
+        same: Any = np.array_equal(before, after, equal_nan=True) if isinstance(before, np.ndarray) else before == after
+        assert same, field.name
 
 
 def test_profile_of_another_version_is_measured_again(tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_model_of_ones_own_is_trained_with_a_seed_for_each_prompt(
     assert policy.record["prompts"] == [[7, 1, 5.0], [8, 1, 5.0]]
     assert (policy.record["files"], policy.record["size"]) == (["own"], "64x64")
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "a.safetensors")
-    with pytest.raises(SystemExit, match="is an adaptive policy itself: give a calibrated one"):
+    with pytest.raises(SystemExit, match="train_policy: The policy a is an adaptive one itself: give calibrated"):
         run(*small, "--policy", str(tmp_path / "a.safetensors"))
     with pytest.raises(SystemExit, match="train_policy: 8 steps are too few"):
         run(*small, "--steps", "8")

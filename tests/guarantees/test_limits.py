@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from harness import STEPS, accelerate, every_family, last_run, model_of, reused_steps
 from tiny import CASES, Case, sample
@@ -72,6 +73,16 @@ def test_gpu_never_stores_more_than_fits_and_computes_instead(monkeypatch: pytes
     assert run["reused_calls"] == 0
     assert run["cached_bytes"] < needed("hold")
     assert any("limit" in reason for reason in run["fallbacks"])
+    assert "choose cache device auto or cpu" in run["warnings"][0]
+
+
+def test_weights_that_the_host_would_give_up_are_room_for_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerated = accelerate(model_of(sd3))
+    for free, said in ((0, "kept in CPU memory"), (2**40, None)):
+        monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda *_, free=free: free)  # counts weights loaded on demand
+        sample(accelerated, sd3, steps=STEPS)
+        warnings = last_run(accelerated)["warnings"]
+        assert warnings == [] if said is None else said in warnings[0]
 
 
 def test_streams_that_turn_up_later_find_no_more_room_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import comfy.samplers
@@ -147,6 +148,20 @@ def test_two_accelerate_nodes_in_a_row_the_last_wins() -> None:
     assert torch.equal(sample(both, sd3, steps=STEPS), sample(alone, sd3, steps=STEPS))
     assert len(runs(both)) == 1
     assert last_run(both)["config"]["boundary"] == 5
+
+
+def test_a_node_that_copies_the_options_in_mid_run_copies_no_session() -> None:
+    model, copies = model_of(sd3).clone(), []
+
+    def pre_cfg(args: dict[str, Any]) -> Any:
+        copies.append(copy.deepcopy(args["model_options"])["transformer_options"]["blockdance"])
+        return args["conds_out"]
+
+    model.set_model_sampler_pre_cfg_function(pre_cfg)
+    accelerated = accelerate(model)
+    sample(accelerated, sd3, steps=STEPS)
+    assert len({id(one) for one in copies}) == 1
+    assert last_run(accelerated)["reused_steps"] > 0
 
 
 def test_a_function_wrapper_that_splits_the_batch_itself_computes_or_stays_right() -> None:

@@ -72,6 +72,11 @@ def test_without_a_file_the_message_says_where_they_belong(loader: Any, folder: 
     assert "a.safetensors" in message
 
 
+def test_name_from_another_node_is_not_known_yet_and_no_error(loader: Any, folder: Path) -> None:
+    assert loader.validate_inputs(None) is True
+    assert loader.fingerprint_inputs(None) == loader.fingerprint_inputs(None) == ""
+
+
 @pytest.mark.parametrize("name", [
     "../secret.safetensors", "/etc/passwd", "..\\secret.safetensors", "a\0b", "sub/../../secret.safetensors",
 ])

@@ -181,7 +181,7 @@ def test_good_tradeoffs_are_numbers_with_commas(node: Any, text: str) -> None:
 
 def test_adaptive_policy_as_a_base_is_refused(node: Any, measured: Any, folder: Path) -> None:
     policy, _, _ = node.execute(**inputs(measured, epochs=1)).result
-    with pytest.raises(ValueError, match="is an adaptive one itself: connect calibrated schedules, or nothing"):
+    with pytest.raises(ValueError, match="is an adaptive one itself: give calibrated schedules, or none"):
         node.execute(**inputs(measured, policy_name="other", policy=policy))
     assert not (folder / "other.safetensors").exists()
 
