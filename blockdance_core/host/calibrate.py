@@ -119,7 +119,7 @@ def calibrated(
         cuts: Shares of the time to save.
         tries: Further runs for each cut from .4 on, which move one computed step at a time.
         progress: Told how many of how many parts are done.
-        before: Plans that were found before, to be tried as well.
+        before: Plans that were found before, to be tried, and proved, as well.
         proofs: Prompts that chose no schedule. What a schedule is said to lose is measured on them, and one that a faster one
             beats there is dropped: the best of many on some prompts is partly luck. None for those it was checked on.
     """
@@ -163,12 +163,16 @@ def calibrated(
         progress(len(cuts) + len([one for one in cuts if one <= cut]), parts)
     plans = [race.winner([plan, expanded(plan)]) for plan in best.values()]  # the second where the fit does not hold
     progress(2 * len(cuts), parts)
+    if proofs:
+        plans = list(dict.fromkeys([*plans, *(plan for plan in usable if min(off(cut, plan) for cut in cuts) <= _TOLERANCE)]))
     last = _Race(proofs) if proofs else race
     for count in range(1, len(proofs) + 1):
         for plan in plans:
             last.result(plan, count)
         progress(2 * len(cuts) + count, parts)
     found = [Checked(plan, float(np.mean([saved(did) for did in last.did(plan)])), *last.result(plan)) for plan in plans]
+    if len(cuts) == 1:
+        found = sorted(found, key=lambda one: one.score)[:1]
     return unbeaten((one for one in found if one.cut > 0 and math.isfinite(one.loss)), lambda one: (one.cut, one.score))
 
 

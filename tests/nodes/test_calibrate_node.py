@@ -409,6 +409,21 @@ def test_prompts_that_chose_nothing_say_what_is_lost_and_drop_what_a_faster_sche
     assert proved[0].loss == pytest.approx(0.2)
 
 
+def test_plans_of_before_are_proved_too_for_their_luck_on_the_checks_may_be_worse(measured: Any) -> None:
+    before = plan_of(measured.profile, [(0, 3, 1), (3, 1, 1), (4, 1, 1), (5, 3, 1)])
+
+    def errors(theirs: float) -> Any:
+        return lambda plan: torch.tensor([theirs if plan == before else 1e-2 * plan.count(None)])
+
+    worse, better = pretended(errors(0.5)), pretended(errors(1e-4))
+    found, = calibrated(measured.profile, [worse], (0.5,), before=[before], proofs=[better])
+    assert (found.plan, found.loss) == (before, pytest.approx(1e-4))
+    found, = calibrated(measured.profile, [better], (0.5,), before=[before], proofs=[worse])
+    assert found.plan == before, "it won on the checks: another one was not proved"
+    levels = calibrated(measured.profile, [worse], (0.2, 0.5), before=[before], proofs=[better])
+    assert [one.plan for one in levels] == [before], "it beats what saves less, too"
+
+
 def test_effort_keeps_to_the_cut(measured: Any) -> None:
     """Moves between groups of different boundaries change it; the closest run of all would save less."""
     mixed = plan_of(measured.profile, [(0, 1, 1), (1, 3, 0), (4, 4, 1)])
