@@ -69,7 +69,7 @@ def measure(
     steps, batch = rollouts.steps, rollouts.full.result.shape[0]
     errors = np.full((batch, len(boundaries), steps, len(lags), longest), np.nan)
     errors[..., 0] = 0.0
-    times: list[list[float]] = [[] for _ in boundaries]
+    shares: list[list[float]] = [[] for _ in boundaries]  # of the time of a computed step
     reasons: dict[str, None] = {}
     for v, c, i in groups(steps, len(boundaries), lags):
         stop = min(c + longest, steps)
@@ -77,13 +77,14 @@ def measure(
         run = rollouts.run(plan, replayed, until=stop)
         reused = _reused(run.record, range(c + 1, stop))
         errors[:, v, c, i, 1 : 1 + reused] = rollouts.distances(run)[c + 2 : c + 2 + reused].T
-        times[v] += [ms for ms in run.record["dit_ms"][c + 1 : c + 1 + reused] if ms]
+        times = run.record["dit_ms"]  # of one run: the device may be busier, or slower, in the next
+        computed = [ms for k, ms in enumerate(times[: c + 1]) if ms and k not in replayed]
+        shares[v] += [ms / statistics.median(computed) for ms in times[c + 1 : c + 1 + reused] if ms and computed]
         reasons |= dict.fromkeys([*run.record["fallbacks"], *run.record["warnings"]])
         progress()
-        if c >= min(_FIRST, steps - 2) and not any(times):
+        if c >= min(_FIRST, steps - 2) and not any(shares):
             raise ValueError(f"Nothing can be reused with this model and prompt: {'; '.join(reasons) or 'no reason is known'}.")
-    full = statistics.median([ms for ms in rollouts.full.record["dit_ms"] if ms])
-    costs = tuple(statistics.median(of) / full if of else 1.0 for of in times)
+    costs = tuple(statistics.median(of) if of else 1.0 for of in shares)
     gains = _gains(rollouts, boundaries, forecasts, lags[0], progress)
     sigmas = tuple(rollouts.full.record["sigmas"])
     return Profile(tuple(boundaries), costs, tuple(lags), sigmas, grams, errors, gains)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -247,6 +248,19 @@ def test_samplers_that_evaluate_a_step_several_times_are_profiled(sampler: str, 
 def test_steps_that_a_sampler_leaves_out_cost_no_time(node: Any) -> None:
     measured = node.execute(**inputs(sampler_name="dpm_fast", scheduler="ddim_uniform", steps=14)).result[0]
     assert all(cost > 0 for cost in measured.profile.costs)
+
+
+def test_cost_of_a_reuse_step_is_its_share_of_the_same_run(node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between runs the machine may become much slower, or faster."""
+    real, slowness = Rollouts.run, itertools.cycle((1.0, 9.0, 4.0))
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        found, factor = real(*args, **kwargs), next(slowness)
+        found.record["dit_ms"] = [factor * (0.25 if decision == "reuse" else 1.0) for decision in found.record["decisions"]]
+        return found
+
+    monkeypatch.setattr(Rollouts, "run", run)
+    assert node.execute(**inputs()).result[0].profile.costs == (0.25,)
 
 
 def test_gram_holds_first_evaluations() -> None:
