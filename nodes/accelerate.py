@@ -84,12 +84,14 @@ class BlockDanceAccelerate(io.ComfyNode):
             policy=policy, quality=quality,
         )
         node_id = getattr(cls.hidden, "unique_id", None)
+        prompt_id, _ = notify.executing()
         try:
             accelerated = attach(model, config, node_id)
         except UnsupportedModelError as error:
             message = f"{error} The model passes through unchanged."
             log.warning("BlockDance: %s", message)
-            notify.send("status", {"node_id": node_id, "supported": False, "message": message, "effective": None})
+            notify.send("status", {"node_id": node_id, "prompt_id": prompt_id, "supported": False, "message": message,
+                                   "effective": None})
             return io.NodeOutput(model)
         handle = handle_of(accelerated)
         if handle is not None:
@@ -101,7 +103,7 @@ class BlockDanceAccelerate(io.ComfyNode):
                 else f"skips {effective.boundary_label}"
             )
             notify.send("status", {
-                "node_id": node_id, "supported": True, "message": message,
+                "node_id": node_id, "prompt_id": prompt_id, "supported": True, "message": message,
                 "effective": effective.as_dict() | {"model_family": handle.family},
             })
         return io.NodeOutput(accelerated)

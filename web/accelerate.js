@@ -8,6 +8,7 @@ import { Timeline } from "./timeline.js";
 /** Set by the presets `auto` and `paper`, so inactive under them; a policy decides in place of these and the preset. */
 const PRESET_WIDGETS = ["start_percent", "end_percent", "window", "boundary", "forecast"];
 const REMEMBERED = 50; // nodes
+const SILENT = [2, 4]; // modes of a node that gives nothing: muted, bypassed
 
 /**
  * @typedef {object} State
@@ -56,12 +57,26 @@ export class AccelerateView {
 
   /** @param {Partial<State>} change */
   update(change) {
-    this.state = { ...this.state, ...change };
+    this.state = { ...this.state, ...this.#statusOf(change.finished?.run), ...change };
     const key = lastingKey(this.node);
     remembered.delete(key);
     remembered.set(key, this.state);
     if (remembered.size > REMEMBERED) remembered.delete(/** @type {string} */ (remembered.keys().next().value));
     this.render();
+  }
+
+  /**
+   * The values in force as a run had them: the host executes no node whose inputs are unchanged, so the node itself may
+   * have been silent since the page was loaded. Nothing where a widget was changed since the run was queued.
+   * @param {import("./run.js").Run} [run]
+   * @returns {Partial<State>}
+   */
+  #statusOf(run) {
+    const config = run?.config;
+    if (!config?.boundary_label) return {};
+    const own = config.preset === "custom" && !config.policy ? ["start_percent", "end_percent", "window", "forecast"] : [];
+    const same = ["preset", "group_size", ...own].every((name) => [undefined, config[name]].includes(this.#value(name)));
+    return same ? { status: { supported: true, message: "", effective: config } } : {};
   }
 
   /** Show again what this node showed before it was rebuilt. */
@@ -93,7 +108,7 @@ export class AccelerateView {
     if (status && !status.supported) return status.message;
     const effective = this.#effective();
     if (effective) return settingsText(effective);
-    return "Values in force are shown after the first run.";
+    return `Values in force are shown after the ${this.state.finished ? "next" : "first"} run.`;
   }
 
   /** @param {string} name @returns {any} the input slot of a widget */
@@ -108,7 +123,8 @@ export class AccelerateView {
   }
 
   #hasPolicy() {
-    return this.node.inputs?.find((/** @type {any} */ input) => input.name === "policy")?.link != null;
+    const slot = this.node.inputs?.findIndex((/** @type {any} */ input) => input.name === "policy") ?? -1;
+    return this.node.inputs?.[slot]?.link != null && !SILENT.includes(this.node.getInputNode(slot)?.mode);
   }
 
   /** The values in force; undefined where they were told before a policy was connected or taken away. */

@@ -6,21 +6,47 @@ import { AccelerateView, viewOf as accelerateOf } from "./accelerate.js";
 import { nodeByExecutionId, nodeByLocator } from "./graph.js";
 import { ReportView, viewOf as reportOf } from "./report.js";
 
+/** @typedef {Partial<import("./accelerate.js").State>} Change */
+
+const PROMPTS = 200; // remembered
+
 /**
- * @param {string} event
- * @param {(detail: any) => Partial<import("./accelerate.js").State>} change
+ * The workflow of each prompt that was queued here: it may run while another tab is open.
+ * @type {Map<string, string>}
  */
-function listen(event, change) {
-  api.addEventListener(event, ({ detail }) => accelerateOf(nodeByExecutionId(detail.node_id))?.update(change(detail)));
+const workflowOf = new Map();
+
+/**
+ * What was told of nodes in workflows that are not open, by workflow and node.
+ * @type {Map<string, Map<string, Change>>}
+ */
+const waiting = new Map();
+
+/** Learn which workflow a prompt is of: neither the server nor the page says so later. */
+function watchQueue() {
+  const queuePrompt = api.queuePrompt;
+  api.queuePrompt = async function (/** @type {any} */ number, /** @type {any} */ prompt, /** @type {any[]} */ ...rest) {
+    const answer = await queuePrompt.call(this, number, prompt, ...rest);
+    if (answer?.prompt_id && prompt?.workflow?.id) workflowOf.set(answer.prompt_id, prompt.workflow.id);
+    if (workflowOf.size > PROMPTS) workflowOf.delete(/** @type {string} */ (workflowOf.keys().next().value));
+    return answer;
+  };
 }
 
 /**
- * The values in force as the run had them: the host executes no node whose inputs are unchanged, so the node itself may
- * have been silent since the page was loaded.
- * @param {import("./run.js").Run} run
+ * @param {string} event
+ * @param {(detail: any) => Change} change
  */
-function statusOf(run) {
-  return run.config?.boundary_label ? { status: { supported: true, message: "", effective: run.config } } : {};
+function listen(event, change) {
+  api.addEventListener(event, ({ detail }) => {
+    const workflow = workflowOf.get(detail.prompt_id) ?? app.rootGraph.id;
+    if (workflow === app.rootGraph.id) {
+      accelerateOf(nodeByExecutionId(detail.node_id))?.update(change(detail));
+      return;
+    }
+    const nodes = waiting.get(workflow) ?? new Map();
+    waiting.set(workflow, nodes.set(detail.node_id, { ...nodes.get(detail.node_id), ...change(detail) }));
+  });
 }
 
 app.registerExtension({
@@ -34,7 +60,8 @@ app.registerExtension({
 
     listen("blockdance.status", (status) => ({ status }));
     listen("blockdance.progress", (progress) => ({ progress }));
-    listen("blockdance.run", (finished) => ({ finished, progress: undefined, ...statusOf(finished.run) }));
+    listen("blockdance.run", (finished) => ({ finished, progress: undefined }));
+    watchQueue();
   },
 
   nodeCreated(node) {
@@ -44,6 +71,12 @@ app.registerExtension({
 
   loadedGraphNode(node) {
     accelerateOf(node)?.restore();
+  },
+
+  /** What happened while another workflow was open. */
+  afterConfigureGraph() {
+    for (const [id, change] of waiting.get(app.rootGraph.id) ?? []) accelerateOf(nodeByExecutionId(id))?.update(change);
+    waiting.delete(app.rootGraph.id);
   },
 
   /** Outputs that come back without an execution: another workflow tab, an entry of the history. */

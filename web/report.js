@@ -47,9 +47,9 @@ export class ReportView {
   /** @param {{text?: string | string[]} | undefined} output the node's `ui` output */
   show(output) {
     const text = [output?.text].flat()[0];
-    if (typeof text !== "string") return;
+    const report = typeof text === "string" ? parsed(text) : undefined;
+    if (!report) return;
     this.text = text;
-    const report = JSON.parse(text);
     this.runs = report.runs ?? [];
     this.totals = report.totals;
     this.reason = report.warnings?.join(" ") || "The report holds no sampling run.";
@@ -86,6 +86,16 @@ export class ReportView {
   async #copy() {
     this.copy.textContent = (await copied(this.text)) ? "Copied" : "Copy failed";
     setTimeout(() => (this.copy.textContent = "Copy JSON"), 1500);
+  }
+}
+
+/** @param {string} text @returns {any} a report; undefined for any other text, of a node of the same id in another workflow */
+function parsed(text) {
+  try {
+    const found = JSON.parse(text);
+    return Array.isArray(found?.runs) ? found : undefined;
+  } catch {
+    return undefined;
   }
 }
 

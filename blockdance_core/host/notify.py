@@ -15,17 +15,17 @@ log = logging.getLogger(__name__)
 
 
 def send(event: str, data: dict[str, Any]) -> None:
-    """Send `blockdance.<event>` to every open page."""
+    """Send `blockdance.<event>` to the page that queued the prompt; to every open page if none did."""
     server = _server()
     if server is not None:
-        server.send_sync(f"blockdance.{event}", data)
+        server.send_sync(f"blockdance.{event}", data, server.client_id)
 
 
 def progress_text(text: str, node_id: str | None) -> None:
     """Show a line under the node that is executing, such as the sampler."""
     server = _server()
     if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
+        server.send_progress_text(text, node_id, server.client_id)
 
 
 def progress_bar() -> Callable[[int, int], None]:

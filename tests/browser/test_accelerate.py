@@ -83,17 +83,26 @@ def test_connected_policy_disables_what_it_overrides_and_keeps_values(page: Node
     expect(page.panel(1)).to_have_text("Policy tiny, N = 2")
     page.send("status", node_id="1", supported=True, message="", effective={**EFFECTIVE, "policy": "tiny", "policy_cut": 0.6})
     expect(page.panel(1)).to_have_text("Policy tiny, cut up to 60 %")
+    page.js("() => { window.app.graph.getNodeById(2).mode = 4; }")  # bypassed: the server gets no policy
+    page.send("status", node_id="1", supported=True, message="", effective={**EFFECTIVE, "preset": "custom"})
+    expect(page.panel(1)).to_contain_text("Skips 21 of 28 blocks")
+    assert disabled(page) == ()
     page.js("() => { const node = window.app.graph.getNodeById(1); node.disconnectInput(node.findInputSlot('policy')); }")
     assert disabled(page) == ()
     assert page.widgets(1)["preset"]["label"] == "preset"
     assert [widget["value"] for widget in page.widgets(1).values()] == [True, "custom", *VALUES[2:]]
 
 
-def test_run_of_a_silent_node_gives_the_values_in_force(page: NodePage) -> None:
+def test_run_of_a_silent_node_gives_the_values_in_force_unless_they_were_changed_since(page: NodePage) -> None:
     page.load(accelerate())
-    page.send("run", node_id="1", summary=SUMMARY, run=RUN)
+    page.send("run", node_id="1", summary=SUMMARY, run={**RUN, "config": {**EFFECTIVE, "group_size": 3}})
     expect(page.panel(1)).to_contain_text("Skips 21 of 28 blocks on reuse steps")
     assert page.widgets(1)["forecast"]["label"] == "forecast (taylor)"
+    page.choose(1, "preset", "paper")
+    page.send("run", node_id="1", summary=SUMMARY, run={**RUN, "config": {**EFFECTIVE, "group_size": 3}})
+    expect(page.panel(1)).to_contain_text("Values in force are shown after the next run.")
+    expect(page.panel(1)).to_contain_text("8 of 30 steps reused")
+    assert page.widgets(1)["forecast"]["label"] == "forecast (paper)"
 
 
 def test_status_unsupported_model_gives_the_reason(page: NodePage) -> None:

@@ -86,3 +86,18 @@ def test_queued_run_of_a_node_that_is_not_executed_shows_everything(page: NodePa
     page.js("() => window.app.queuePrompt(0)")
     expect(page.panel(accelerate)).to_contain_text("of 24 steps reused", timeout=120_000)
     expect(page.panel(accelerate)).to_contain_text("Skips 6 of 8 blocks")
+
+
+def test_run_that_goes_on_while_another_tab_is_open_is_shown_in_its_own(page: NodePage) -> None:
+    accelerate, _ = page.js(BUILD, [STEPS, seed()])
+    workflow = {**page.saved(), "id": str(uuid.uuid4())}
+    page.load_workflow(workflow)
+    page.js("() => window.app.queuePrompt(0)")
+    page.load_workflow({**workflow, "id": str(uuid.uuid4())})  # nodes of the same ids
+    page.page.wait_for_function(
+        "async () => { const queue = await window.app.api.getQueue(); return !queue.Running.length && !queue.Pending.length; }",
+        timeout=120_000)
+    expect(page.panel(accelerate)).to_have_text("Values in force are shown after the first run.")
+    page.load_workflow(workflow)
+    expect(page.panel(accelerate)).to_contain_text(f"of {STEPS} steps reused")
+    expect(page.panel(accelerate)).to_contain_text("Skips 6 of 8 blocks on reuse steps")

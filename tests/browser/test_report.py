@@ -107,6 +107,13 @@ def test_outputs_of_the_history_are_shown(page: NodePage) -> None:
     expect(page.panel(2)).to_contain_text("window covers 0 of 2 steps")
 
 
+def test_text_of_another_node_is_no_report(page: NodePage) -> None:
+    page.load(report())
+    for text in ("a cat", "[1]", "null", '{"runs": 1}'):
+        execute(page, text)
+    expect(page.panel(2).get_by_text("The report appears after a run.")).to_be_visible()
+
+
 def test_report_is_not_saved_in_the_workflow(page: NodePage) -> None:
     page.load(report(), accelerate())
     execute(page, TEXT)
