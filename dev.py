@@ -25,7 +25,7 @@ from types import FrameType
 from typing import NoReturn
 
 REPO = Path(__file__).resolve().parent
-PYTHON_MIN = (3, 10)
+PYTHON_MIN = (3, 11)
 PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadgroup")  # pytest-xdist; groups: tests/conftest.py
 sys.path.append(str(REPO / "tests"))
 

@@ -153,8 +153,10 @@ def test_prepare_with_little_disk_says_how_much_is_needed(
     folder: Path, programs: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
-    with pytest.raises(environment.SetupError, match=r"1\.0 GB are free at .*the environment needs 4"):
-        environment.prepare(environment.choose(None))
+    for driver, needed in ((folder / "none", 4), (folder, 12)):
+        monkeypatch.setattr(environment, "NVIDIA", driver)
+        with pytest.raises(environment.SetupError, match=rf"1\.0 GB are free at .*the environment needs {needed}"):
+            environment.prepare(environment.choose(None))
     assert programs == []
 
 
@@ -229,6 +231,7 @@ def test_choose_comfyui_path_borrows_torch_of_the_running_python(
     monkeypatch.setattr(environment, "find_spec", lambda name: None)
     assert environment.choose(None).borrowed == ()
     assert environment.choose("v0.30.0").release == "v0.30.0"  # asked for by name, it wins
+    assert env.variables()["PYTHONDONTWRITEBYTECODE"] == "1", "nothing is written into it"
 
 
 def test_choose_comfyui_path_elsewhere_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +258,7 @@ def test_main_unsupported_python_says_which_is_needed(
     monkeypatch.setattr(dev.sys, "version_info", (3, 9, 18, "final", 0))
     assert dev.main(["demo"]) == 1
     assert capsys.readouterr().err == (
-        "dev.py: error: this is Python 3.9.18 and 3.10 or newer is needed: run dev.py with a newer Python\n"
+        "dev.py: error: this is Python 3.9.18 and 3.11 or newer is needed: run dev.py with a newer Python\n"
     )
 
 

@@ -12,6 +12,8 @@ import folder_paths
 
 _FOLDER = "blockdance"
 _ENDING = ".safetensors"
+_BYTES = 200
+"""A file name may have 255, and what is written beside a policy while it is made has a longer ending."""
 _NAME = re.compile(r"[^\W_][\w .+()-]{0,99}")
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)([. ].*)?", re.IGNORECASE)
 """Names that Windows keeps for itself."""
@@ -70,9 +72,9 @@ def new_policy_path(name: str) -> str:
         ValueError: It is no plain file name.
     """
     stem = name.strip().removesuffix(_ENDING).rstrip(". ")
-    if not _NAME.fullmatch(stem) or _DEVICES.fullmatch(stem):
-        raise ValueError(f"policy_name {name[:200]!r} is no file name: expected up to 100 letters, digits, spaces and -_.+(), "
-                         "with a letter or digit first, and no folder.")
+    if not _NAME.fullmatch(stem) or _DEVICES.fullmatch(stem) or len(stem.encode()) > _BYTES:
+        raise ValueError(f"policy_name {name[:200]!r} is no file name: expected up to 100 letters, digits, spaces and -_.+() "
+                         f"({_BYTES} bytes at most), with a letter or digit first, and no folder.")
     return os.path.join(writable_folder(), stem + _ENDING)
 
 

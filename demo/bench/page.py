@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,7 +63,9 @@ def save(path: Path, found: dict[str, Any], whole: Iterable[str] = ()) -> None:
     head = json.dumps({name: value for name, value in data.items() if name != "points"}, indent=1, allow_nan=False)
     lines = ",\n".join(json.dumps(point, allow_nan=False) for point in data["points"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{head[:-2]},\n "points": [\n{lines}\n]}}\n', encoding="utf-8")
+    written = path.with_name(path.name + ".part")
+    written.write_text(f'{head[:-2]},\n "points": [\n{lines}\n]}}\n', encoding="utf-8")
+    os.replace(written, path)
 
 
 def write() -> None:

@@ -337,28 +337,28 @@ def _timed_call(
     calls: list[Call], runs: list[int], blocks: int, executor: Any, x: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     before = list(runs)
-    _finish_work(x.device)
-    begun = time.perf_counter()
+    begun = _now()
     result = executor(x, *args, **kwargs)
-    _finish_work(x.device)
-    ms = 1e3 * (time.perf_counter() - begun)
+    ms = 1e3 * (_now() - begun)
     now = [after - earlier for after, earlier in zip(runs, before, strict=True)]
     calls.append(Call(x.shape[0], now[:blocks], ms, any(now)))
     return result
 
 
-def _finish_work(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _now() -> float:
+    """Seconds, when everything that was begun is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @contextlib.contextmanager
 def _spent(module: nn.Module, spent: list[float], index: int) -> Iterator[None]:
     def begin(*_: object) -> None:
-        spent[index] -= time.perf_counter()
+        spent[index] -= _now()
 
     def end(*_: object) -> None:
-        spent[index] += time.perf_counter()
+        spent[index] += _now()
 
     hooks = [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
     try:
@@ -374,11 +374,11 @@ def _spent_in(of: type, method: str) -> Iterator[list[float]]:
     real, spent = getattr(of, method), []
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        begun = time.perf_counter()
+        begun = _now()
         try:
             return real(*args, **kwargs)
         finally:
-            spent.append(time.perf_counter() - begun)
+            spent.append(_now() - begun)
 
     setattr(of, method, timed)
     try:

@@ -16,6 +16,7 @@ import site
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -36,17 +37,19 @@ DEFAULT = next(iter(HOSTS))  # the release the whole test suite holds on
 TORCH = "torch==2.13.0"
 TORCH_COMPANIONS = ("torchvision==0.28.0", "torchaudio==2.11.0")  # the host imports them; PyPI's ask for a CUDA torch
 DISK_BYTES = 4 * 2**30  # a CPU environment takes 2.5 GB, pip's temporary files the rest
+CUDA_DISK_BYTES = 12 * 2**30
+NVIDIA = Path("/proc/driver/nvidia")
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 UNREACHABLE = r"NewConnection|establish a new conn|name resolution|getaddrinfo|timed out|ProxyError|SSLError"
 PIP_FAULTS = {  # a pattern in pip's output -> what to do; the first match counts
-    r"No space left|Errno 28|not enough space": "the disk is full: free {gb} GB, "
-    "or set BLOCKDANCE_DEV_DIR to a folder on another disk, and run this again",
+    r"No space left|Errno 28|not enough space": "the disk is full: free {gb} GB ({cuda_gb} for "
+    "torch with CUDA), or set BLOCKDANCE_DEV_DIR to a folder on another disk, and run this again",
     r"DO NOT MATCH THE HASHES": "the download had the wrong checksum and was thrown away: run this again, "
     "and if it stays so, look at the package index or proxy in between",
     UNREACHABLE: "the package index cannot be reached: check the network (HTTPS_PROXY and PIP_INDEX_URL apply) "
     "and run this again",
     r"No matching distribution found for (?P<what>\S+)": "there is no {what} for Python {python} on this machine: "
-    "use a 64-bit Python 3.10 to 3.13",
+    "use a 64-bit Python 3.11 to 3.13",
 }
 
 
@@ -97,7 +100,8 @@ class Environment:
     def variables(self) -> dict[str, str]:
         """The variables a program of this environment runs with."""
         kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-        return {**kept, "COMFYUI_PATH": str(self.host), "PYTHONUTF8": "1"}
+        unwritten = {} if self.release else {"PYTHONDONTWRITEBYTECODE": "1"}  # the user's own ComfyUI is only read
+        return {**kept, **unwritten, "COMFYUI_PATH": str(self.host), "PYTHONUTF8": "1"}
 
 
 def dev_folder() -> Path:
@@ -148,7 +152,7 @@ def prepare(env: Environment) -> None:
         usable = made.get("basis") == basis and env.python.exists()
         if usable and (env.host / "main.py").is_file() and made.get("contents") == contents(env):
             return
-        check_disk(env.folder)
+        check_disk(env.folder, cuda=NVIDIA.exists() and not env.borrowed)
         stamp.unlink(missing_ok=True)
         start = time.monotonic()
         if not usable:
@@ -254,7 +258,7 @@ def unpack(archive: Path, prefix: str, target: Path) -> None:
 def install(env: Environment) -> None:
     """Install torch, what the host asks for, what the pack asks for, and the tools of the test command."""
     if not env.borrowed:
-        if sys.platform == "linux" and not Path("/proc/driver/nvidia").exists():
+        if sys.platform == "linux" and not NVIDIA.exists():
             say(f"hint: without an NVIDIA GPU, PIP_EXTRA_INDEX_URL={TORCH_CPU_INDEX} makes the next download smaller")
         pip(env, TORCH, "install", TORCH)
         pip(env, " and ".join(TORCH_COMPANIONS), "install", "--no-deps", *TORCH_COMPANIONS)
@@ -273,9 +277,10 @@ def pip(env: Environment, what: str, *arguments: str) -> None:
     """
     say(f"getting {what}")
     log = env.folder / "pip.log"
-    with log.open("wb") as sink:
+    with log.open("wb") as sink, tempfile.TemporaryDirectory(dir=env.folder) as unpacked:  # /tmp is often small
         command = [str(env.python), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
-        code = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, check=False).returncode
+        variables = {**os.environ, "TMPDIR": unpacked}
+        code = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, env=variables, check=False).returncode
     if code:
         raise SetupError(f"could not get {what}: {pip_fault(log.read_text(encoding='utf-8', errors='replace'))} (log: {log})")
 
@@ -286,17 +291,17 @@ def pip_fault(output: str) -> str:
         match = re.search(pattern, output)
         if match:
             python = ".".join(map(str, sys.version_info[:2]))
-            return advice.format(gb=DISK_BYTES >> 30, python=python, **match.groupdict())
+            return advice.format(gb=DISK_BYTES >> 30, cuda_gb=CUDA_DISK_BYTES >> 30, python=python, **match.groupdict())
     errors = [line for line in output.splitlines() if line.startswith("ERROR")]
     return (errors or output.splitlines() or ["pip said nothing"])[-1]
 
 
-def check_disk(folder: Path) -> None:
+def check_disk(folder: Path, cuda: bool = False) -> None:
     """Refuse to begin what the disk cannot hold."""
-    free = shutil.disk_usage(folder).free
-    if free < DISK_BYTES:
+    free, needed = shutil.disk_usage(folder).free, CUDA_DISK_BYTES if cuda else DISK_BYTES
+    if free < needed:
         raise SetupError(
-            f"{free / 2**30:.1f} GB are free at {folder}, the environment needs {DISK_BYTES >> 30}: free some, "
+            f"{free / 2**30:.1f} GB are free at {folder}, the environment needs {needed >> 30}: free some, "
             "or set BLOCKDANCE_DEV_DIR to a folder on another disk"
         )
 
