@@ -7,6 +7,7 @@ Without further options: all methods on sd3-mini at 30 steps. ``--latency`` and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import sys
@@ -163,10 +164,13 @@ def _models(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _finished(path: Path | None) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """The points of a file by their keys; one that does not say all of its conditions is measured again."""
+    """The points of a file by their keys; one that is not whole is measured again."""
     if path is None or not path.is_file():
         return {}
-    points = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    points = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # the last one may be cut off
+            points.append(json.loads(line))
     return {page.key(point): point for point in points if all(name in point for name in page.KEY)}
 
 

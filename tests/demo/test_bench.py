@@ -234,7 +234,8 @@ def test_points_that_lack_a_condition_are_measured_again_but_shown(tmp_path) -> 
     whole, old = _point("fora", 0.4, [0.9]), _point("teacache", 0.4, [0.9])
     del old["seed"]
     path = tmp_path / "points.jsonl"
-    path.write_text(json.dumps(whole) + "\n" + json.dumps(old) + "\n", encoding="utf-8")
+    cut_off = json.dumps(_point("hold", 0.4, [0.9]))[:-9]
+    path.write_text("\n".join((json.dumps(whole), json.dumps(old), cut_off)), encoding="utf-8")
     assert list(program._finished(path).values()) == [whole]
     text = page.render({**_data(), "points": [whole, old]}, {})
     assert "## sd3-mini, 20 steps of euler, seed unknown" in text
