@@ -136,7 +136,7 @@ def calibrated(
     fronts = [[one.plan for one in front(profile, lead)] for lead in leads]
     usable = [plan for plan in before if fits(profile, plan)]
     race, rng = _Race(checks), np.random.default_rng(0)
-    parts = 2 * len(cuts) + len(proofs)
+    parts = 3 * len(cuts) + len(proofs)
     best: dict[float, Plan] = {}
     for done, cut in enumerate(sorted(cuts, reverse=True)):
         missed = functools.partial(off, cut)
@@ -161,15 +161,18 @@ def calibrated(
         near = (plan for plan in itertools.chain((best[slower],), joined) if off(cut, plan) <= _TOLERANCE)
         best[cut] = race.winner([best[cut], *itertools.islice(near, _WIDE)])
         progress(len(cuts) + len([one for one in cuts if one <= cut]), parts)
-    plans = [race.winner([plan, expanded(plan)]) for plan in best.values()]  # the second where the fit does not hold
-    progress(2 * len(cuts), parts)
+    plans = []
+    for plan in best.values():
+        plans.append(race.winner([plan, expanded(plan)]))  # the second where the fit does not hold
+        progress(2 * len(cuts) + len(plans), parts)
+    progress(3 * len(cuts), parts)
     if proofs:
         plans = list(dict.fromkeys([*plans, *(plan for plan in usable if min(off(cut, plan) for cut in cuts) <= _TOLERANCE)]))
     last = _Race(proofs) if proofs else race
     for count in range(1, len(proofs) + 1):
         for plan in plans:
             last.result(plan, count)
-        progress(2 * len(cuts) + count, parts)
+        progress(3 * len(cuts) + count, parts)
     found = [Checked(plan, float(np.mean([saved(did) for did in last.did(plan)])), *last.result(plan)) for plan in plans]
     if len(cuts) == 1:
         found = sorted(found, key=lambda one: one.score)[:1]
