@@ -265,7 +265,7 @@ def test_progress_ends_when_all_is_done(measured: Any, cuts: tuple[float, ...], 
     one, *others = [pretended(lambda plan: torch.tensor([10.0 ** -plan.count(None)]))] * (1 + proofs)
     calibrated(measured.profile, [one], cuts, progress=lambda done, of: told.append((done, of)), proofs=others)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
-    assert told[-1] == (2 * len(cuts) + proofs, 2 * len(cuts) + proofs)
+    assert told[-1] == (3 * len(cuts) + proofs, 3 * len(cuts) + proofs)
 
 
 def test_cut_counts_the_calls_that_the_sampler_makes(measured: Any) -> None:
