@@ -118,7 +118,7 @@ def _prompts(demo: Any, options: argparse.Namespace, part: str) -> list[Any]:
     """Prompts of a part, in batches."""
     first = _SEEDS[part] + 1000 * options.seed
     count = {"profile": options.prompts, "checks": options.checks, "proofs": options.proofs}[part]
-    return batches(demo, options, "train", count, BATCH, first, first)[0]
+    return batches(demo, options, "train", count, BATCH, first, first)[0] if count else []
 
 
 def _resumed(path: Path, settings: dict[str, Any], model: Any, prompts: Sequence[Any]) -> Any:

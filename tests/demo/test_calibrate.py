@@ -98,6 +98,10 @@ def test_profile_of_another_version_is_measured_again(tmp_path: Path) -> None:
     assert calibrate._resumed(path, {}, None, []) is None
 
 
+def test_no_proofs_are_no_captions() -> None:
+    assert calibrate._prompts(None, calibrate.parser().parse_args(["--proofs", "0"]), "proofs") == []
+
+
 def test_captions_of_all_parts_are_of_the_train_split_and_differ() -> None:
     from demo import scenes
     from demo.bench.runner import prompts
