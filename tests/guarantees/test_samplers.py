@@ -8,6 +8,8 @@ from comfy.samplers import SAMPLER_NAMES
 from harness import STEPS, accelerate, assert_close, last_run, model_of, reused_steps, runs
 from tiny import CASES, Case, count_calls, sample, sample_custom
 
+from blockdance_core.config import QUALITIES
+
 pytestmark = pytest.mark.smoke
 
 SAMPLERS = ["euler", "dpmpp_2m", "dpmpp_2m_sde", "heun", "uni_pc", "ddim", "dpm_2", "dpm_adaptive", "euler_ancestral"]
@@ -54,9 +56,13 @@ def test_every_sampler_of_the_host_runs_to_the_end() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["heunpp2", "heun", "dpm_2", "dpmpp_2s_ancestral", "dpm_adaptive", "uni_pc"])
-def test_quality_watches_any_sampler_and_reuses_nothing_that_it_does_not_accept(sampler: str) -> None:
+def test_quality_watches_any_sampler_and_reuses_nothing_that_it_does_not_accept(
+    sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, how = model_of(sd3), {"steps": 12, "sampler": sampler}
-    strict, lax = (accelerate(model, preset="auto", quality="balanced", tolerance=tolerance) for tolerance in (1e-9, 5.0))
+    monkeypatch.setitem(QUALITIES, "balanced", 1e-9)
+    monkeypatch.setitem(QUALITIES, "draft", 5.0)
+    strict, lax = (accelerate(model, preset="auto", quality=quality) for quality in ("balanced", "draft"))
     assert torch.equal(sample(strict, sd3, **how), sample(model, sd3, **how))
     assert torch.isfinite(sample(lax, sd3, **how)).all()
     assert last_run(lax)["reused_calls"] > 0
