@@ -174,9 +174,10 @@ def calibrated(
             last.result(plan, count)
         progress(3 * len(cuts) + count, parts)
     found = [Checked(plan, float(np.mean([saved(did) for did in last.did(plan)])), *last.result(plan)) for plan in plans]
+    found = [one for one in found if one.cut > 0 and math.isfinite(one.loss)]
     if len(cuts) == 1:
-        found = sorted(found, key=lambda one: one.score)[:1]
-    return unbeaten((one for one in found if one.cut > 0 and math.isfinite(one.loss)), lambda one: (one.cut, one.score))
+        return sorted(found, key=lambda one: one.score)[:1]
+    return unbeaten(found, lambda one: (one.cut, one.score))
 
 
 class _Race:
