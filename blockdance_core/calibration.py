@@ -46,7 +46,8 @@ class Profile:
         costs: Time of a reuse step of each, as a share of a computed one, [V].
         lags: The lags that were measured, ascending.
         sigmas: Noise levels of the steps.
-        grams: Inner products of the residuals of all steps, [V, steps, steps]; NaN of two that cannot be compared.
+        grams: Inner products of what forecasts weigh, of all steps, [V, 2, steps, 2, steps]: of the unconditional part, and of
+            what guidance adds to it. Without guidance the second is 0. NaN of two that cannot be compared.
         errors: Distance to the full run behind a group of g steps, [prompts, V, steps, lags, longest] at [..., g - 1]. A
             group of one step has none. NaN where nothing was measured, or a step did not reuse.
         gains: What a distance of 1 at the beginning of a step becomes by the end of the run, [prompts, steps + 1].
@@ -80,8 +81,10 @@ class Profile:
 def best_forecast(gram: np.ndarray, sigmas: Sequence[float], nodes: Sequence[int], step: int) -> Forecast | None:
     """The best expansion for a step, and the weights that least squares find.
 
+    What guidance adds changes in another way than what it is added to: each has weights of its own.
+
     Args:
-        gram: Inner products of the residuals of all steps, [steps, steps]: all that any forecast's error depends on.
+        gram: Inner products, see `Profile.grams`, [2, steps, 2, steps]: all that any forecast's error depends on.
         sigmas: Noise levels of the steps.
         nodes: The computed steps before it, newest first.
         step: The step that reuses.
@@ -89,11 +92,11 @@ def best_forecast(gram: np.ndarray, sigmas: Sequence[float], nodes: Sequence[int
     Returns:
         None if not even the newest can be compared with the step.
     """
-    nodes = nodes[:MOST_FEATURES]
-    known = list(itertools.takewhile(lambda node: np.isfinite(gram[node, [nodes[0], step]]).all(), nodes))
+    nodes, both = nodes[:MOST_FEATURES], gram.sum((0, 2))
+    known = list(itertools.takewhile(lambda node: np.isfinite(both[node, [nodes[0], step]]).all(), nodes))
     if not known:
         return None
-    inner, outer = gram[np.ix_(known, known)], gram[known, step]
+    inner, outer = both[np.ix_(known, known)], both[known, step]
 
     def weights_of(forecast: Forecast) -> np.ndarray:
         found = forecast.weights([sigmas[node] for node in known], sigmas[step])
@@ -103,18 +106,22 @@ def best_forecast(gram: np.ndarray, sigmas: Sequence[float], nodes: Sequence[int
         return float(weights @ inner @ weights - 2 * weights @ outer)
 
     best = min((one for one in CANDIDATES if one.order < len(known)), key=lambda one: error(weights_of(one)))
-    start = weights_of(best)
-    ridge = _RIDGE * np.trace(inner) / len(known) + np.finfo(float).tiny
-    fitted = start + np.linalg.solve(inner + ridge * np.eye(len(known)), outer - inner @ start)
+    parts = [0, 1] if gram[1, step, 1, step] > 0 else [0]
+    inner = gram[np.ix_(parts, known, parts, known)].reshape(2 * [len(parts) * len(known)])
+    outer = gram[np.ix_(parts, known, [0, 1], [step])].sum((2, 3)).ravel()
+    start = np.tile(weights_of(best), len(parts))
+    ridge = _RIDGE * np.trace(inner) / len(start) + np.finfo(float).tiny
+    fitted = (start + np.linalg.solve(inner + ridge * np.eye(len(start)), outer - inner @ start)).astype(np.float32)
     if not (np.abs(fitted) <= LARGEST_WEIGHT).all():
         return best
-    pairs = tuple((step - node, float(np.float32(weight))) for node, weight in zip(known, fitted, strict=True))
-    return dataclasses.replace(best, fitted=pairs)
+    ages, weights = [step - node for node in known], fitted.tolist()
+    return dataclasses.replace(
+        best, fitted=tuple(zip(ages, weights[: len(known)], strict=True)), guided=tuple(weights[len(known) :]))
 
 
 def chosen(grams: np.ndarray, sigmas: Sequence[float], lags: Sequence[int], longest: int) -> Forecasts:
     """The best forecast for each step of each group, after computed steps that are a lag apart."""
-    steps = range(grams.shape[1])
+    steps = range(grams.shape[2])
 
     def of(gram: np.ndarray, c: int, lag: int, j: int) -> Forecast | None:
         nodes = [node for node in (c, c - lag, c - 2 * lag) if node >= 0]
@@ -159,7 +166,7 @@ def front(profile: Profile, lead: int = 1) -> list[Found]:
     """
     steps, longest = profile.steps, profile.errors.shape[4]
     losses = profile.losses()
-    costs = [min(max(1, round(cost * _UNIT)), _UNIT) for cost in profile.costs]
+    costs = [min(round(cost * _UNIT), _UNIT) for cost in profile.costs]
     budgets = steps * _UNIT + 1
     # best[c, lag, b]: least loss of arriving at the computed step c with b spent, the one before it `lag` earlier
     best = np.full((steps + 1, longest + 1, budgets), np.inf)
@@ -225,16 +232,26 @@ def plan_of(profile: Profile, groups: Sequence[Group]) -> Plan:
 
 def groups_of(profile: Profile, plan: Plan) -> list[Group]:
     """The groups of a plan."""
+    behind = [(c, size, plan[c + 1] if size > 1 else None) for c, size in _sizes(plan)]
+    widest = int(np.argmax(profile.boundaries))
+    return [(c, size, profile.boundaries.index(row.boundary) if row else widest) for c, size, row in behind]
+
+
+def _sizes(plan: Plan) -> list[tuple[int, int]]:
+    """The computed steps of a plan, each with the number of steps of its group."""
     computed = [k for k, row in enumerate(plan) if row is None]
-    behind = [plan[k + 1] if k + 1 < len(plan) else None for k in computed]
-    ways = [profile.boundaries.index(row.boundary) if row else int(np.argmax(profile.boundaries)) for row in behind]
-    return [(c, end - c, way) for c, end, way in zip(computed, [*computed[1:], len(plan)], ways, strict=True)]
+    return [(c, end - c) for c, end in zip(computed, [*computed[1:], len(plan)], strict=True)]
+
+
+def refitted(profile: Profile, plan: Plan, boundary: int) -> Plan:
+    """The plan with the same computed steps, the best forecasts for them, and another boundary."""
+    way = profile.boundaries.index(boundary)
+    return plan_of(profile, [(c, size, way) for c, size in _sizes(plan)])
 
 
 def fits(profile: Profile, plan: Plan) -> bool:
-    """Whether a plan begins with a computed step and is of a profile's boundaries, number of steps and lengths of groups."""
-    known = len(plan) == profile.steps and all(row is None or row.boundary in profile.boundaries for row in plan)
-    return known and plan[0] is None and max(size for _, size, _ in groups_of(profile, plan)) <= profile.errors.shape[4]
+    """Whether a plan begins with a computed step and is of a profile's number of steps and lengths of groups."""
+    return len(plan) == profile.steps and plan[0] is None and max(size for _, size in _sizes(plan)) <= profile.errors.shape[4]
 
 
 def neighbours(profile: Profile, plan: Plan) -> list[Plan]:

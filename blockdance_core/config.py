@@ -37,7 +37,7 @@ class Policy(Protocol):
 
     @property
     def boundary(self) -> int | None:
-        """The largest boundary that it may choose; None if it never reuses."""
+        """The largest boundary that it may choose, the number of blocks for the whole model; None if it never reuses."""
 
     def check(self, family: str, depth: int) -> None:
         """Raise a `ConfigError` unless it is for a model of this family and depth."""
@@ -177,8 +177,8 @@ class Effective:
 
     @property
     def boundary_label(self) -> str:
-        """For example `21 of 28 blocks`: how many blocks a reuse step skips."""
-        return f"{self.boundary + 1} of {self.depth} blocks"
+        """For example `21 of 28 blocks`: how much of the model a reuse step skips."""
+        return "the whole model" if self.boundary == self.depth else f"{self.boundary + 1} of {self.depth} blocks"
 
 
 def resolve(config: Config, defaults: Defaults, depth: int) -> Effective:
@@ -197,7 +197,7 @@ def resolve(config: Config, defaults: Defaults, depth: int) -> Effective:
             f"boundary = {config.boundary} is outside this model: it has {depth} blocks, so the range is 0 to "
             f"{depth - 1}, or -1 for the recommended {defaults.boundary(depth)}."
         )
-    window, forecast, boundary = config.window, config.forecast, config.boundary
+    window, forecast, boundary = config.window, config.forecast, config.boundary if config.boundary < depth else RECOMMENDED
     start, end = config.start_percent, config.end_percent
     if config.preset == "paper":
         (start, end), window, forecast, boundary = defaults.paper_window, "steps", "hold", RECOMMENDED
@@ -214,7 +214,7 @@ def resolve(config: Config, defaults: Defaults, depth: int) -> Effective:
         start_percent=start,
         end_percent=end,
         window=window,
-        boundary=boundary if 0 <= boundary < depth else defaults.boundary(depth),
+        boundary=defaults.boundary(depth) if boundary == RECOMMENDED else boundary,
         depth=depth,
         forecast=forecast,
         cache_device=config.cache_device,

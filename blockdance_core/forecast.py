@@ -1,8 +1,9 @@
-"""What is injected at a reuse step, as weights over the stored features.
+"""What stands in for the model, or for a part of it, at a reuse step: weights over the stored features.
 
 Every forecast is a linear combination of what a stream has stored, newest first, optionally added to the current input
 of block 0 (`anchored`). The stored quantity is the boundary output F itself (`hold`), or the residual F - x0 against the
-input x0 of block 0 at the same step (the others).
+input x0 of block 0 at the same step (the others). Where the whole model is skipped it is the slope of the latent along sigma,
+d = (x - denoised) / sigma, whatever the model predicts (Karras et al., arXiv 2206.00364, section 2).
 """
 
 from __future__ import annotations
@@ -32,17 +33,24 @@ class Forecast:
         damping: Factor 0..1 on the extrapolated part; 1 is the plain expansion.
         fitted: Weights that a calibration found, newest first, each with how many steps before the feature was stored. They
             hold where exactly those features are stored; elsewhere the expansion does.
+        guided: Weights of the same features for what guidance amplifies, the difference between a conditional stream and its
+            unconditional one; `fitted` are then those of the unconditional stream. Empty where one set holds for all.
     """
 
     anchored: bool
     order: int = 0
     damping: float = 1.0
     fitted: tuple[tuple[int, float], ...] = ()
+    guided: tuple[float, ...] = ()
 
     @property
     def features(self) -> int:
         """Most stored features that it weighs."""
         return max(self.order + 1, len(self.fitted))
+
+    def fits(self, ages: Sequence[int]) -> bool:
+        """Whether features that were stored so many steps before, newest first, are those that weights were fitted to."""
+        return bool(self.fitted) and tuple(ages[: len(self.fitted)]) == tuple(age for age, _ in self.fitted)
 
     def weights(self, stored_at: Sequence[float], sigma: float, ages: Sequence[int] = ()) -> tuple[float, ...]:
         """Weights of the stored features for a forecast at `sigma`.
@@ -57,7 +65,7 @@ class Forecast:
             r(s) = r1 + d (s - s1) r[1,2] + d^2 (s - s1) (s - s2) r[1,2,3], with the divided differences r[...] and the damping
             d. The order is lower where features are missing, have the same sigma, or `sigma` is too far beyond them.
         """
-        if self.fitted and tuple(ages[: len(self.fitted)]) == tuple(age for age, _ in self.fitted):
+        if self.fits(ages):
             return tuple(weight for _, weight in self.fitted)
         weights = [1.0]
         product = 1.0

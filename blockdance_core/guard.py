@@ -113,7 +113,9 @@ class Guard:
         """Whether at many steps there were streams that had nothing before to compare with."""
         return self._new >= _PATIENCE
 
-    def observe(self, boundary: int, key: Hashable, step: int, sigma: float, output: Feature, base: Feature) -> None:
+    def observe(
+        self, boundary: int, key: Hashable, step: int, sigma: float, output: Feature, base: Feature | None
+    ) -> None:
         """A stream was computed and stored.
 
         Args:
@@ -121,8 +123,8 @@ class Guard:
             key: The stream, and what its features are valid under.
             step: Index of the executed step.
             sigma: Noise level.
-            output: Raw output of the boundary block.
-            base: Input of block 0 in the same layout.
+            output: Raw output of the boundary block, or the slope that the whole model gives.
+            base: Input of block 0 in the same layout; None for a slope.
         """
         if step != self._computed.get(boundary):
             since = self._computed.get(boundary, 0)
@@ -130,8 +132,8 @@ class Guard:
                 del self._streams[name]
             self._computed[boundary] = step
         taken = torch.cat([
-            sample(after, _SAMPLES).float() - sample(before, _SAMPLES).float()
-            for after, before in zip(output, base, strict=True) if after is not None and before is not None
+            sample(after, _SAMPLES).float() - (0.0 if base is None else sample(before, _SAMPLES).float())
+            for after, before in zip(output, base or output, strict=True) if after is not None and before is not None
         ])
         self._streams.setdefault((boundary, key), _Stream()).add(step, sigma, taken)
 

@@ -114,7 +114,10 @@ class Block:
 
 
 def taps(blocks: Sequence[Block], boundary: int) -> tuple[int, ...]:
-    """Blocks whose output is needed when 0..boundary are skipped: those that feed a live block, and the boundary."""
+    """What is needed when 0..boundary are skipped: the outputs of blocks that feed a live one, and of the boundary.
+
+    A boundary behind the last block, `len(blocks)`, is the whole model and stands for itself.
+    """
     return (*(index for index in range(boundary) if (blocks[index].feeds or 0) > boundary), boundary)
 
 

@@ -19,7 +19,8 @@ class Step:
 
     Attributes:
         decision: `compute`, `cache` or `reuse`.
-        boundary: Last skipped block of the step's group, 0-based; None on a compute step.
+        boundary: Last skipped block of the step's group, 0-based, or the number of blocks where the whole model is skipped;
+            None on a compute step.
         group: Number of the group; a feature is valid only inside the group it was stored in. None on a compute step.
         record: Boundaries whose feature a later reuse step needs from this step.
         forecast: What a reuse step injects; None on the others.
@@ -72,7 +73,7 @@ class Schedule:
 
     def cut(self, depth: int) -> float:
         """Arithmetic cut (method, section 4): share of reuse steps times share of blocks skipped."""
-        skipped = sum((step.boundary or 0) + 1 for step in self.steps if step.decision == REUSE)
+        skipped = sum(min((step.boundary or 0) + 1, depth) for step in self.steps if step.decision == REUSE)
         return skipped / (depth * len(self.steps)) if self.steps else 0.0
 
 
@@ -81,7 +82,7 @@ class Reuse:
     """One reuse step of a plan.
 
     Attributes:
-        boundary: Last skipped block, 0-based.
+        boundary: Last skipped block, 0-based, or the number of blocks: the whole model is skipped.
         forecast: What is injected.
     """
 
@@ -95,7 +96,7 @@ Plan = Sequence["Reuse | None"]
 
 def expanded(plan: Plan) -> Plan:
     """The same plan with the expansions alone, without the weights that were fitted to full runs and to exactly these steps."""
-    return tuple(row and Reuse(row.boundary, dataclasses.replace(row.forecast, fitted=())) for row in plan)
+    return tuple(row and Reuse(row.boundary, dataclasses.replace(row.forecast, fitted=(), guided=())) for row in plan)
 
 
 def follow(plan: Plan) -> Schedule:

@@ -198,8 +198,10 @@ class Session:
     def call(
         self, owner: object, diffusion_model: nn.Module, device: torch.device, describe: Callable[[], CallInfo],
         part: int | None = None,
-    ) -> Iterator[None]:
+    ) -> Iterator[Visit | None]:
         """Wraps one call of a model; the call made inside is observed, or shortened, as planned.
+
+        Gives the visit that says what becomes of the call, see `Visit.denoised`; None where nothing does.
 
         Args:
             owner: The host's model object; streams of different owners never mix.
@@ -212,11 +214,11 @@ class Session:
             planned = bool(self.figures) and not self._closed
             self._under_way += planned
         if not planned:
-            yield
+            yield None
             return
         try:
-            with self._planned(owner, diffusion_model, device, describe, part):
-                yield
+            with self._planned(owner, diffusion_model, device, describe, part) as visit:
+                yield visit
         finally:
             with self._lock:
                 self._under_way -= 1
@@ -226,7 +228,7 @@ class Session:
     def _planned(
         self, owner: object, diffusion_model: nn.Module, device: torch.device, describe: Callable[[], CallInfo],
         part: int | None,
-    ) -> Iterator[None]:
+    ) -> Iterator[Visit | None]:
         figures = self.figures[self.step]
         with self._lock:
             state = self._state(owner, diffusion_model)
@@ -242,11 +244,12 @@ class Session:
                 info, moment = state.streams_of(describe()), Moment(self.step, self.evaluations, self.sigma)
                 visit = Visit(state, state.schedule.steps[self.step], moment, info, self._streams(owner, info, part))
         with self.stopwatch.span(self.step, device):
-            if state is None or visit is None:
-                yield
-            else:
+            if state is not None and visit is not None and visit.intercepts:
                 with intercept(state.blocks, visit, observe=visit.observe, boundary=visit.boundary):
-                    yield
+                    yield visit
+            else:
+                yield visit
+            if visit is not None:
                 visit.finish()
         with self._lock:
             if visit is not None:

@@ -16,20 +16,54 @@ StreamKey = Hashable
 """Tells one stream of evaluations from every other: model, conditioning, window, occurrence, patches, shape, device."""
 
 
+POSITIVE, NEGATIVE = 0, 1
+
+
+class Stream(NamedTuple):
+    """Whose one chunk of a call is.
+
+    Attributes:
+        conditioning: Name of the conditioning.
+        kind: `POSITIVE`, `NEGATIVE`, or another number that a guider gives.
+        rest: Context window, patches, and who asked.
+    """
+
+    conditioning: Hashable
+    kind: int
+    rest: Hashable
+
+
 class CallKey(NamedTuple):
     """The stream of one chunk of a call, where it holds one row for each sample.
 
     Attributes:
-        stream: Model, conditioning, window, occurrence and patches.
+        stream: Model, stream and occurrence.
         passes: Number of the pass of the model in the call.
         rows: Rows of the chunk.
-        signature: Shape, dtype and device of what enters block 0.
+        signature: Shape, dtype and device of what enters block 0, or the model.
     """
 
     stream: Hashable
     passes: int
     rows: int
     signature: Hashable
+
+    @property
+    def kind(self) -> int | None:
+        """`POSITIVE`, `NEGATIVE`, ...; None where that is not known."""
+        return self._parts()[1]
+
+    @property
+    def set_against(self) -> Hashable:
+        """The same for all streams that guidance may set against each other."""
+        return self._parts()[0]
+
+    def _parts(self) -> tuple[Hashable, int | None]:
+        beside = self.passes, self.rows, self.signature
+        if isinstance(self.stream, tuple) and len(self.stream) == 3 and isinstance(self.stream[1], Stream):
+            owner, stream, occurrence = self.stream
+            return (owner, stream.rest, occurrence, *beside), stream.kind
+        return (self.stream, *beside), None
 
 
 @dataclasses.dataclass
@@ -43,6 +77,7 @@ class Entry:
         sigma: Noise level at the evaluation.
         anchored: Whether `feature` is a residual against the input of block 0, or the boundary output itself.
         feature: Components [rows, tokens, width].
+        whole: Whether `feature` is the slope that the whole model gives, [rows, C, ...], rather than the output of a block.
     """
 
     step: int
@@ -51,6 +86,7 @@ class Entry:
     sigma: float
     anchored: bool
     feature: Feature
+    whole: bool = False
 
 
 NOTHING_STORED = "nothing stored for this conditioning in this group (it is new, or its shape, control or patches changed)"
@@ -156,9 +192,14 @@ class FeatureCache:
             if history[0].anchored and current is None:
                 return NOTHING_STORED
             # An output that did not fit its input is held, never extrapolated.
-            alike = [entry for entry in history if entry.anchored] if history[0].anchored else history[:1]
-            weights = forecast.weights([one.sigma for one in alike], sigma, [step - one.step for one in alike])
-            chunks.append(list(zip(weights, alike, strict=False)))
+            weighed = history if history[0].whole or history[0].anchored else history[:1]
+            alike = [entry for entry in weighed if entry.anchored == history[0].anchored]
+            ages = [step - one.step for one in alike]
+            weights = forecast.weights([one.sigma for one in alike], sigma, ages)
+            terms = list(zip(weights, alike, strict=False))
+            if forecast.guided and forecast.fits(ages):
+                terms = self._guided(key, boundary, terms, forecast.guided)
+            chunks.append(terms)
         try:
             return tuple(
                 self._combined(index, chunks, current, device) for index in range(len(chunks[0][0][1].feature))
@@ -167,6 +208,29 @@ class FeatureCache:
             if not out_of_memory(error):
                 raise
             return NO_MEMORY
+
+    def _guided(
+        self, key: StreamKey, boundary: int, terms: list[tuple[float, Entry]], guided: Sequence[float]
+    ) -> list[tuple[float, Entry]]:
+        """The terms for a conditional stream: those of its unconditional one, and of the difference between the two.
+
+        Where there is not exactly one unconditional stream that was stored at the same steps, they stay as they are.
+        """
+        if not isinstance(key, CallKey) or key.kind != POSITIVE:
+            return terms
+        others = [
+            history for (other, at), history in self._entries.items()
+            if at == boundary and isinstance(other, CallKey) and other.kind == NEGATIVE and other.set_against == key.set_against
+        ]
+        if len(others) != 1:
+            return terms
+        pairs = list(zip(terms, others[0], guided, strict=False))
+        if len(pairs) < len(terms) or any(
+            (own.step, own.condition, own.anchored) != (other.step, other.condition, other.anchored)
+            for (_, own), other, _ in pairs
+        ):
+            return terms
+        return [term for (weight, own), other, more in pairs for term in ((more, own), (weight - more, other))]
 
     def _combined(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from blockdance_core.families import FlowCheck
 from blockdance_core.forecast import Forecast
@@ -70,9 +71,13 @@ class _Pass:
 class Visit:
     """One call: what is observed in it, stored from it, or injected into it. The visitor of `intercept`.
 
+    A boundary behind the last block stands for the whole model. What it gives is kept, and forecast, as the slope of the latent
+    along sigma: that has the size of a latent, and a reuse step then does not call the model at all.
+
     Attributes:
         observe: Blocks whose output must be seen if the call computes.
-        boundary: Last block to skip if the call reuses; None if it computes in any case.
+        boundary: Last block to skip if the call reuses some; None if it runs all of them, or none.
+        bypass: Whether the call is to reuse what the whole model gave.
         passes: How often the call ran the model: once, unless another node makes it run again.
         reused_passes: How many passes a feature was injected into.
         stored: Whether a feature was stored.
@@ -106,7 +111,7 @@ class Visit:
             self.warnings += state.place(info)
             if state.guard is not None:
                 state.guard.kept = state.cache.keep
-        record, boundary = state.taps(*plan.record), None
+        record, boundary, whole = state.taps(*plan.record), None, len(state.blocks)
         if plan.decision == REUSE and plan.boundary is not None:
             record, boundary = state.taps(plan.boundary), plan.boundary  # a compute forced inside a group stores
             if state.guard is not None and not state.guard.allows(plan.boundary, moment.step, state.orders(plan)):
@@ -116,15 +121,62 @@ class Visit:
                 if state.guard.lost:
                     self.warnings.append("with a quality nothing is reused while conditionings or context windows come and go: "
                                          "of what is new there is no forecast to judge; without a quality it may be")
-        obstacle = self._obstacle()
+        unknown = self._unknown()
+        if unknown and record:
+            self.fallbacks.append(unknown)
+            record, boundary = (), None
+        self._slope_kept = whole in record
+        self.bypass = boundary == whole
+        record, boundary = tuple(index for index in record if index != whole), None if self.bypass else boundary
+        tapped = tuple(index for index in state.tapped if index != whole)
+        obstacle = unknown or self._obstacle(tapped)
         if obstacle and record:
             self.fallbacks.append(obstacle)
             record, boundary = (), None
-        flow = FlowCheck() if self.probing and state.family.verify else None
+        flow = FlowCheck() if self.probing and state.family.verify and tapped else None
         self.boundary = boundary
         self._now = self._planned = _Pass(record, boundary, obstacle, flow)
-        probed = range(len(state.blocks)) if flow else state.tapped
+        probed = range(len(state.blocks)) if flow else tapped
         self.observe = {*record, *(probed if self.probing else ())}
+
+    @property
+    def intercepts(self) -> bool:
+        """Whether anything is to be seen or changed between the blocks; else nothing touches them."""
+        return self.boundary is not None or bool(self.observe)
+
+    def denoised(self, latent: Tensor, sigmas: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """The model's estimate of the clean latent: a forecast, if this call is to reuse the whole model and there is one.
+
+        Args:
+            latent: What the model is given, [B, C, ...].
+            sigmas: Its noise levels, [B].
+            run: Calls the model, and gives its estimate [B, C, ...].
+        """
+        if self.probing and len(self.state.blocks) in self.state.tapped:
+            self.state.predicted_bytes += 4 * latent.numel() * self.state.cache.keep
+        if not self._slope_kept or not self.moment.sigma > 0:  # without noise there is no slope
+            return run()
+        level = sigmas.reshape(-1, *[1] * (latent.ndim - 1)).float()
+        rows = latent.shape[0] // len(self.streams)
+        keys = tuple(CallKey(stream, 1, rows, signature((latent,))) for stream in self.streams)
+        if self.bypass:
+            predicted = self._forecast(keys, len(self.state.blocks), None)
+            if not isinstance(predicted, str):
+                assert predicted[0] is not None
+                self.passes = self.reused_passes = 1
+                self.skipped = len(self.state.blocks)
+                return latent.float().sub(level * predicted[0])
+            self.fallbacks.append(predicted)
+        estimate = run()
+        try:
+            slope = latent.float().sub(estimate).div_(level)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            self.fallbacks.append(NO_MEMORY)
+            return estimate
+        self._store(keys, len(self.state.blocks), (slope,), None)
+        return estimate
 
     def at_input(self, feature: Feature | None, obstacle: str | None) -> Mapping[int, Feature] | None:
         """The forecasts if this pass reuses; else keeps what storing will need, and None."""
@@ -162,22 +214,26 @@ class Visit:
 
     def _forecasts(self, now: _Pass, feature: Feature) -> dict[int, Feature] | str:
         """What to inject at every tap, or why there is no forecast."""
+        injected = {}
+        for tap in now.record:
+            predicted = self._forecast(now.keys, tap, self._in_layout_of(tap, feature))
+            if isinstance(predicted, str):
+                return predicted
+            injected[tap] = predicted
+        return injected
+
+    def _forecast(self, keys: tuple[StreamKey, ...], tap: int, current: Feature | None) -> Feature | str:
+        """What stands in for a tap's output, or why there is no forecast."""
         forecast, guard, since = self.plan.forecast, self.state.guard, 0
         assert forecast is not None
         if guard is not None and self.plan.boundary is not None:
             since = guard.since(self.plan.boundary)
             if self.state.open and guard.order is not None:
                 forecast = Forecast(anchored=True, order=guard.order)
-        injected = {}
-        for tap in now.record:
-            predicted = self.state.cache.predict(
-                now.keys, tap, self.plan.group, self.info.condition, self.moment.step, self.moment.sigma, forecast,
-                self._in_layout_of(tap, feature), self.info.device, since,
-            )
-            if isinstance(predicted, str):
-                return predicted
-            injected[tap] = predicted
-        return injected
+        return self.state.cache.predict(
+            keys, tap, self.plan.group, self.info.condition, self.moment.step, self.moment.sigma, forecast, current,
+            self.info.device, since,
+        )
 
     def at_output(self, index: int, passage: Passage) -> None:
         """Checks and measures on the first evaluation; stores where the plan wants it."""
@@ -195,7 +251,14 @@ class Visit:
         if self.probing and not now.obstacle:
             state.predicted_bytes += nbytes(output) * state.cache.keep
         if index in now.record:
-            self._store(now, index, output)
+            try:
+                base = None if now.input is None else self._in_layout_of(index, now.input)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                self.fallbacks.append(NO_MEMORY)
+                return
+            self._store(now.keys, index, output, base)
 
     @property
     def reused(self) -> bool:
@@ -204,33 +267,28 @@ class Visit:
 
     def finish(self) -> None:
         """The call went through."""
-        if not self.passes and self.state.blocks[0].hook_key not in self.info.replaced:
+        if self.intercepts and not self.passes and self.state.blocks[0].hook_key not in self.info.replaced:
             self.fallbacks.append("the blocks did not run: something else answered the call")
             self.skipped = len(self.state.blocks)
         if self.probing and not self.state.predicted_bytes:
             self.state.first_evaluation = None  # nothing to measure yet: the next evaluation is the first
 
-    def _store(self, now: _Pass, index: int, output: Feature) -> None:
-        try:
-            base = None if now.input is None else self._in_layout_of(index, now.input)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            self.fallbacks.append(NO_MEMORY)
-            return
-        rows = self.info.rows // len(self.streams)
-        for number, key in enumerate(now.keys):
+    def _store(self, keys: tuple[StreamKey, ...], index: int, output: Feature, base: Feature | None) -> None:
+        """Store what a tap gave: the output of a block, beside the input it is to be anchored to, or the slope."""
+        whole = index == len(self.state.blocks)
+        rows = next(part.shape[0] for part in output if part is not None) // len(keys)
+        for number, key in enumerate(keys):
             def chunk(feature: Feature, start: int = number * rows) -> Feature:
                 return tuple(None if part is None else part.narrow(0, start, rows) for part in feature)
 
-            entry = Entry(self.moment.step, self.plan.group, self.info.condition, self.moment.sigma, False, ())
+            entry = Entry(self.moment.step, self.plan.group, self.info.condition, self.moment.sigma, False, (), whole)
             reason = self.state.cache.store(key, index, entry, chunk(output), None if base is None else chunk(base))
             if reason:
                 self.fallbacks.append(reason)
             else:
                 self.stored = True
                 self._watch(index, key, chunk(output), chunk(base) if entry.anchored and base is not None else None)
-                if self.state.cache.anchored and not entry.anchored:
+                if self.state.cache.anchored and not entry.anchored and not whole:
                     self.warnings.append("block 0's input does not fit the boundary block's output: forecast 'hold' is used")
 
     def _watch(self, index: int, key: StreamKey, output: Feature, base: Feature | None) -> None:
@@ -238,7 +296,7 @@ class Visit:
         guard = self.state.guard
         if guard is None or index not in self.state.schedule.boundaries:
             return
-        if base is None:
+        if base is None and index != len(self.state.blocks):
             self.warnings.append("the forecasts of this model cannot be watched: with a quality everything is computed")
             return
         try:
@@ -253,13 +311,16 @@ class Visit:
         layout = self.state.blocks[index].to_boundary_layout
         return layout(feature) if layout is not None and self.state.cache.anchored else None
 
-    def _obstacle(self) -> str | None:
-        if self.state.broken:
-            return f"the model cannot be accelerated: {self.state.broken}"
+    def _unknown(self) -> str | None:
         if not self.streams or self.info.rows % len(self.streams):
             return "the host did not say which conditionings this call holds"
-        needed = self.state.tapped if self.plan.boundary is None else self.state.taps(self.plan.boundary)
-        for index in (0, *needed):
+        return None
+
+    def _obstacle(self, tapped: tuple[int, ...]) -> str | None:
+        if self.state.broken:
+            return f"the model cannot be accelerated: {self.state.broken}"
+        needed = tapped if self.plan.boundary is None else self.state.taps(self.plan.boundary)
+        for index in (0, *(index for index in needed if index < len(self.state.blocks))):
             if self.state.blocks[index].hook_key in self.info.replaced:
                 return f"another node replaces block {index}"
         return None

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--proofs", type=int, default=8, help=(
         "further captions that choose none: what a schedule loses is measured on them (default %(default)s; 0: on the others)"))
     top.add_argument("--boundaries", default="", metavar="LIST",
-                     help="block indices, or shares such as 0.75, with commas between (default: the last block)")
+                     help="block indices, or shares such as 0.75, with commas between (default: the whole model)")
     top.add_argument("--cut", type=float, default=0.0, help="share of the time to save; 0: a range of levels")
     top.add_argument("--fidelity", type=float, default=0.0, metavar="DB",
                      help="only the cheapest schedule that is as close to the full run as this; 0: all")
@@ -72,7 +72,7 @@ def calibrate(demo: Any, options: argparse.Namespace, out: Path, command: str) -
     settings = {
         "model": options.model, "split": "train", "seed": options.seed, "noise_seeds": _SEEDS, "sampler": options.sampler,
         "scheduler": options.scheduler, "steps": options.steps, "cfg": options.cfg, "prompts": options.prompts, "batch": BATCH,
-        "boundaries": list(host.parse_boundaries(options.boundaries, depth_of(demo.model)) or (depth_of(demo.model) - 1,)),
+        "boundaries": list(host.parse_boundaries(options.boundaries, depth_of(demo.model)) or (depth_of(demo.model),)),
     }
     how = {"checks": options.checks, "proofs": options.proofs, "effort": options.effort, "cut": options.cut,
            "fidelity_db": options.fidelity}
@@ -155,7 +155,7 @@ def load_profile(path: str | os.PathLike[str]) -> tuple[Profile, dict[str, Any]]
     """
     with np.load(path, allow_pickle=False) as file:
         found = {name: file[name] for name in file.files}
-    if found.keys() != {"settings", *(field.name for field in dataclasses.fields(Profile))}:
+    if found.keys() != {"settings", *(field.name for field in dataclasses.fields(Profile))} or found["grams"].ndim != 5:
         raise ValueError(f"{path} holds {', '.join(sorted(found))}: it is of another version. Profile again.")
     settings: dict[str, Any] = json.loads(str(found.pop("settings")))
     rows: dict[str, Any] = {name: tuple(found.pop(name).tolist()) for name in ("boundaries", "costs", "lags", "sigmas")}

@@ -55,7 +55,8 @@ class Handle:
         family: Name of the model family.
         width: Width of the model's tokens, for the estimate before the first evaluation.
         quiet: Whether runs are neither logged nor shown on the page.
-        taps: For every boundary, the blocks whose output is stored.
+        depth: Number of blocks.
+        taps: For every boundary, the blocks whose output is stored; `depth` stands for the whole model.
     """
 
     def __init__(self, config: Config, node_id: str | None, match: families.Match, quiet: bool = False) -> None:
@@ -68,7 +69,8 @@ class Handle:
         self.effective: Effective = resolve(config, match.family.defaults, len(match.blocks))
         shapes = [min(parameter.shape) for parameter in match.blocks[0].module.parameters() if parameter.ndim == 2]
         self.width = statistics.mode(shapes) if shapes else 0
-        self.taps = [taps(match.blocks, boundary) for boundary in range(len(match.blocks))]
+        self.depth = len(match.blocks)
+        self.taps = [taps(match.blocks, boundary) for boundary in range(self.depth + 1)]
         self._runs: collections.deque[tuple[str | None, dict[str, Any]]] = collections.deque(maxlen=_MAX_RUNS)
 
     def add(self, run: dict[str, Any], prompt_id: str | None) -> None:
@@ -206,9 +208,10 @@ def _announced_bytes(handle: Handle, model: ModelPatcher, shapes: Sequence[Seque
     patch = getattr(model.get_model_object("diffusion_model"), "patch_size", None) or 2
     per_token = math.prod(patch) if isinstance(patch, (tuple, list)) else int(patch) ** 2
     tokens = sum(math.prod(shape[2:]) for shape in shapes) // per_token + _TEXT_TOKENS
-    element = model.model.get_dtype_inference().itemsize
-    stored = len({tap for boundary in plan.boundaries for tap in handle.taps[boundary]}) * kept(handle.config, plan)
-    return 2 * shapes[0][0] * tokens * handle.width * element * stored
+    output = shapes[0][0] * tokens * handle.width * model.model.get_dtype_inference().itemsize
+    slope = 4 * sum(math.prod(shape) for shape in shapes)
+    stored = {tap for boundary in plan.boundaries for tap in handle.taps[boundary]}
+    return 2 * kept(handle.config, plan) * sum(slope if tap == handle.depth else output for tap in stored)
 
 
 def _place(wrappers: dict[str, dict[str, list[Any]]]) -> None:
@@ -283,8 +286,11 @@ def _apply_model(
         )
 
     def run(part: int | None, x: Any, t: Any, c_concat: Any, c_crossattn: Any, control: Any, kwargs: dict[str, Any]) -> Any:
-        with session.call(model, model.diffusion_model, x.device, lambda: describe(x.shape[0]), part):
+        def sample() -> Any:
             return executor(x, t, c_concat, c_crossattn, control, dict(options), **kwargs)
+
+        with session.call(model, model.diffusion_model, x.device, lambda: describe(x.shape[0]), part) as visit:
+            return sample() if visit is None else visit.denoised(x, t, sample)
 
     with evaluation:
         given = (x, t, c_concat, c_crossattn, control, kwargs)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blockdance_core import families
-from blockdance_core.calibration import Profile, chosen, denser, fits, front, neighbours, sparser, unbeaten
+from blockdance_core.calibration import Profile, chosen, denser, fits, front, neighbours, refitted, sparser, unbeaten
 from blockdance_core.host import profiling
 from blockdance_core.host.rollout import Prompt, Rollouts, function_of, levels_of, sigmas_of
 from blockdance_core.policy import Calibrated
@@ -73,14 +73,15 @@ def profiled(
     Args:
         model: MODEL, as the sampler would get it.
         prompt: What is sampled.
-        boundaries: Boundaries to choose from; none for the last block alone.
+        boundaries: Boundaries to choose from, the number of blocks for the whole model; none for the whole model alone.
         progress: Told how many of how many rollouts are done.
         before: `Profile.grams` of other prompts, on which forecasts are to be found, too.
     """
     depth = depth_of(model)
-    boundaries = tuple(boundaries) or (depth - 1,)
-    if any(not 0 <= boundary < depth for boundary in boundaries):
-        raise ValueError(f"boundaries {list(boundaries)} must be 0 to {depth - 1}: this model has {depth} blocks")
+    boundaries = tuple(boundaries) or (depth,)
+    if any(not 0 <= boundary <= depth for boundary in boundaries):
+        raise ValueError(f"boundaries {list(boundaries)} must be 0 to {depth - 1}, or {depth} for the whole model: it has "
+                         f"{depth} blocks")
     steps = len(sigmas_of(model, prompt)) - 1
     if steps < _FEWEST:
         raise ValueError(f"A run of {max(steps, 0)} steps is too short to find out what a reuse step costs. "
@@ -134,13 +135,15 @@ def calibrated(
 
     leads = sorted({max(1, round(share * profile.steps)) for share in _LEADS})
     fronts = [[one.plan for one in front(profile, lead)] for lead in leads]
-    usable = [plan for plan in before if fits(profile, plan)]
+    alike = [plan for plan in before if fits(profile, plan)]
+    usable = [plan for plan in alike if all(row is None or row.boundary in cost for row in plan)]
+    remade = [refitted(profile, plan, boundary) for plan in alike for boundary in profile.boundaries]
     race, rng = _Race(checks), np.random.default_rng(0)
     parts = 3 * len(cuts) + len(proofs)
     best: dict[float, Plan] = {}
     for done, cut in enumerate(sorted(cuts, reverse=True)):
         missed = functools.partial(off, cut)
-        plans = [*(min(some, key=missed) for some in fronts), *usable]
+        plans = [*(min(some, key=missed) for some in fronts), *usable, *remade]
         if best:
             plan = best[min(best)]
             while saved(plan) > cut + _TOLERANCE:

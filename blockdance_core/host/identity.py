@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from blockdance_core.streams import Stream
+
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
 
 
-def streams(options: dict[str, Any], caller: Hashable = None) -> tuple[tuple[object, ...], ...]:
+def streams(options: dict[str, Any], caller: Hashable = None) -> tuple[Stream, ...]:
     """Whose each equal chunk of a call's batch is: conditioning, region, context window, patches, and who asked.
 
     Args:
@@ -29,7 +31,7 @@ def streams(options: dict[str, Any], caller: Hashable = None) -> tuple[tuple[obj
         tuple(sorted(f"{name}:{key}" for name, patches in options.get("patches_replace", {}).items() for key in patches)),
     )
     chunks = zip(options.get("uuids", ()), options.get("cond_or_uncond", ()), strict=False)
-    return tuple((uuid, index, frames, slots, caller) for uuid, index in chunks)
+    return tuple(Stream(uuid, index, (frames, slots, caller)) for uuid, index in chunks)
 
 
 def control_shapes(control: dict[str, Any] | None) -> tuple[object, ...] | None:

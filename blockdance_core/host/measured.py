@@ -96,6 +96,8 @@ def _require_alike(before: Measured, model: ModelPatcher, prompt: Prompt, bounda
 def parse_boundaries(text: str, depth: int) -> tuple[int, ...]:
     """Boundaries from a list such as `0.75, 27`: block indices, or shares of the depth as round(share * depth) - 1.
 
+    An index behind the last block is the whole model.
+
     Raises:
         ValueError: Something in the list is neither.
     """
@@ -105,9 +107,9 @@ def parse_boundaries(text: str, depth: int) -> tuple[int, ...]:
             index = int(part) if part.isdecimal() else round(float(part) * depth) - 1
         except (ValueError, OverflowError):
             index = -1
-        if not 0 <= index < depth:
-            raise ValueError(f"boundaries holds {part!r}: expected block indices 0 to {depth - 1}, or shares such as 0.75, "
-                             "with commas between them.")
+        if not 0 <= index <= depth:
+            raise ValueError(f"boundaries holds {part!r}: expected block indices 0 to {depth - 1}, {depth} for the whole "
+                             "model, or shares such as 0.75, with commas between them.")
         found.add(index)
     return tuple(sorted(found))
 

@@ -30,21 +30,21 @@ _SAMPLES = 1 << 17
 
 
 def gram(rollouts: Rollouts, boundaries: Sequence[int]) -> np.ndarray:
-    """Inner products of the full run's residuals at all steps, as guidance combines them.
+    """Inner products of what the full run gives at all steps, in two parts: see `calibration.Profile.grams`.
 
     Returns:
-        [boundaries, steps, steps]; NaN of two steps that hold different conditionings, which come and go in mid-run.
+        [boundaries, 2, steps, 2, steps]; NaN of two steps that hold different conditionings, which come and go in mid-run.
     """
     steps = rollouts.steps
     blocks = families.find(rollouts.model.get_model_object("diffusion_model")).blocks
     recorder = _Recorder(blocks, boundaries, rollouts.prompt.cfg)
     rollouts.run([None] * steps, around=recorder)
-    found = np.full((len(boundaries), steps, steps), np.nan)
+    found = np.full((len(boundaries), 2, steps, 2, steps), np.nan)
     for v, boundary in enumerate(boundaries):
-        taken = [recorder.residual(boundary, step) for step in range(steps)]
+        taken = [recorder.parts(boundary, step) for step in range(steps)]
         for (k, one), (j, other) in itertools.product(enumerate(taken), repeat=2):
             if one is not None and other is not None and one[0] == other[0]:
-                found[v, k, j] = torch.dot(one[1], other[1])
+                found[v, :, k, :, j] = one[1] @ other[1].T
     return found
 
 
@@ -144,7 +144,10 @@ def _gains(
 
 
 class _Recorder:
-    """Keeps a sample of the residuals of some blocks, of the first evaluation of each step; a visitor of `intercept`."""
+    """Keeps a sample of the residuals of some blocks, and of slopes, of the first evaluation of each step.
+
+    A visitor of `intercept`.
+    """
 
     def __init__(self, blocks: Sequence[Block], boundaries: Sequence[int], cfg: float) -> None:
         self.blocks, self.boundaries, self.cfg = blocks, boundaries, cfg
@@ -160,8 +163,12 @@ class _Recorder:
         self.step, self._kinds = session.step, args[5].get("cond_or_uncond") or (0,)
         if self._first.setdefault(self.step, session.evaluations) != session.evaluations:
             return executor(*args, **kwargs)
-        with intercept(self.blocks, self, observe=self.boundaries):
-            return executor(*args, **kwargs)
+        latent, sigmas = args[:2]
+        with intercept(self.blocks, self, observe=[one for one in self.boundaries if one < len(self.blocks)]):
+            estimate = executor(*args, **kwargs)
+        slope = (latent - estimate) / sigmas.reshape(-1, *[1] * (latent.ndim - 1))
+        self._take(len(self.blocks), [[sample(one, _SAMPLES).float().cpu()] for one in slope.chunk(len(self._kinds))])
+        return estimate
 
     def at_input(self, feature: Feature | None, obstacle: str | None) -> None:
         """Keeps the input: blocks may write into it."""
@@ -177,15 +184,18 @@ class _Recorder:
             if output is not None and base is not None and output.shape == base.shape:
                 for chunk, after, before in zip(chunks, output.chunk(len(chunks)), base.chunk(len(chunks)), strict=False):
                     chunk.append((sample(after, _SAMPLES).float() - sample(before, _SAMPLES).float()).cpu())
+        self._take(index, chunks)
+
+    def _take(self, index: int, chunks: Sequence[Sequence[Tensor]]) -> None:
         for kind, chunk in zip(self._kinds, chunks, strict=True):
             if chunk:
-                self._taken[index, self.step].append((kind, torch.cat(chunk)))
+                self._taken[index, self.step].append((kind, torch.cat(list(chunk))))
 
-    def residual(self, boundary: int, step: int) -> tuple[Any, Tensor] | None:
-        """The residual at a step, behind a mark that others like it bear.
+    def parts(self, boundary: int, step: int) -> tuple[Any, Tensor] | None:
+        """What forecasts weigh at a step, [2, values], behind a mark that others like it bear.
 
-        Of one conditional and one unconditional residual of the same size it is what guidance makes of them, as an error
-        counts there; of others it is one behind the other.
+        Of one conditional and one unconditional stream of the same size: the unconditional one, and the difference times the
+        guidance, so that an error counts as it does in the end. Of others: one behind the other, and nothing.
         """
         taken = sorted(self._taken[boundary, step], key=lambda pair: pair[0])
         if not taken:
@@ -193,5 +203,7 @@ class _Recorder:
         mark = tuple((kind, len(one)) for kind, one in taken)
         (kind, first), *others = taken
         if kind == 0 and [(other, len(one)) for other, one in others] == [(1, len(first))]:
-            return mark, torch.lerp(others[0][1].double(), first.double(), self.cfg)
-        return mark, torch.cat([one for _, one in taken]).double()
+            negative = others[0][1].double()
+            return mark, torch.stack([negative, self.cfg * (first.double() - negative)])
+        values = torch.cat([one for _, one in taken]).double()
+        return mark, torch.stack([values, torch.zeros_like(values)])

@@ -98,7 +98,7 @@ class AdaptivePolicy:
         require_rows(plan for segment in self.segments for plan in segment.options)
         require(len({row.forecast.anchored for row in self._rows()}) <= 1, "its options mix hold with other forecasts")
         boundary = self.boundary
-        require(boundary is None or 0 <= boundary < self.base.depth,
+        require(boundary is None or 0 <= boundary <= self.base.depth,
                 f"boundary {boundary} is outside the depth of {self.base.depth} blocks")
 
     @property

@@ -5,7 +5,8 @@ Metadata, all strings: `schema_version`, `kind`, `family`, `depth`, `name` (opti
 Kind `schedule` adds JSON lists with one value for each entry: `sampler`, `scheduler`, `steps`. The tensors of entry i:
 `{i}.boundary` int16 [plans, steps] (-1: computed), `{i}.order` and `{i}.anchored` uint8 and `{i}.damping` float32 of the same
 shape, `{i}.levels` float32 [steps + 1], `{i}.cut` and `{i}.loss` float32 [plans]; where weights were fitted, also `{i}.age`
-int16 and `{i}.weight` float32 [plans, steps, 3] (age 0: none).
+int16 and `{i}.weight` float32 [plans, steps, 3] (age 0: none), and where those of guidance were, `{i}.guided` float32 of the
+same shape (not a number: none). A boundary of `depth` is the whole model.
 
 Kind `network` has all that, and in its metadata `trained` (the entry that the network was trained for), `segments` (JSON list
 of their first steps), `level_cuts` (JSON list) and `network` (JSON object, the fields of `NetworkShape`). The options of
@@ -18,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -99,6 +101,13 @@ class _Content(NamedTuple):
             for plan in zip(ages, weights, strict=True)
         ]
 
+    def guided(self, prefix: str, shape: tuple[int, int]) -> list[list[tuple[float, ...]]]:
+        """Weights of the guidance of every row; none where the file has none."""
+        if f"{prefix}.guided" not in self.tensors:
+            return [[()] * shape[1]] * shape[0]
+        weights = self.tensor(f"{prefix}.guided", torch.float32, (*shape, MOST_FEATURES))
+        return [[tuple(weight for weight in row if not math.isnan(weight)) for row in plan] for plan in weights]
+
     def plans(self, prefix: str, steps: int) -> tuple[Plan, ...]:
         """The rows of `{prefix}.boundary` and so on."""
         boundary = self.tensors.get(f"{prefix}.boundary")
@@ -108,7 +117,7 @@ class _Content(NamedTuple):
         columns = (
             self.tensor(f"{prefix}.boundary", torch.int16, shape), self.tensor(f"{prefix}.anchored", torch.uint8, shape),
             self.tensor(f"{prefix}.order", torch.uint8, shape), self.tensor(f"{prefix}.damping", torch.float32, shape),
-            self.fitted(prefix, shape),
+            self.fitted(prefix, shape), self.guided(prefix, shape),
         )
         return tuple(tuple(_row(*row) for row in zip(*plan, strict=True)) for plan in zip(*columns, strict=True))
 
@@ -204,8 +213,11 @@ def _rows(plans: Sequence[Plan]) -> dict[str, Tensor]:
     def padded(row: Reuse) -> list[tuple[int, float]]:
         return [*row.forecast.fitted, *[(0, 0.0)] * (MOST_FEATURES - len(row.forecast.fitted))]
 
-    none = [0] * MOST_FEATURES
-    return {
+    none, unguided = [0] * MOST_FEATURES, [math.nan] * MOST_FEATURES
+    guided = {"guided": column(
+        torch.float32, unguided, lambda row: [*row.forecast.guided, *unguided][:MOST_FEATURES]
+    )} if any(row and row.forecast.guided for plan in plans for row in plan) else {}
+    return guided | {
         "boundary": column(torch.int16, -1, lambda row: row.boundary),
         "order": column(torch.uint8, 0, lambda row: row.forecast.order),
         "damping": column(torch.float32, 1.0, lambda row: row.forecast.damping),
@@ -284,13 +296,13 @@ def _adaptive_policy(content: _Content) -> AdaptivePolicy:
 
 
 def _row(
-    boundary: int, anchored: int, order: int, damping: float, fitted: tuple[tuple[int, float], ...]
+    boundary: int, anchored: int, order: int, damping: float, fitted: tuple[tuple[int, float], ...], guided: tuple[float, ...]
 ) -> Reuse | None:
     if boundary == -1:
         return None
     if anchored not in (0, 1):
         raise ConfigError(f"anchored is {anchored}, expected 0 or 1")
-    return Reuse(boundary, Forecast(bool(anchored), order, round(damping, _DIGITS), fitted))
+    return Reuse(boundary, Forecast(bool(anchored), order, round(damping, _DIGITS), fitted, guided))
 
 
 def _shares(values: list[float]) -> tuple[float, ...]:

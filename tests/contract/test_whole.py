@@ -1,0 +1,202 @@
+"""Reuse of the whole model: what is injected is the slope of the latent, and nothing of the model runs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from harness import STEPS, accelerate, assert_close, distance, every_family, last_run, model_of, reused_steps
+from tiny import CASES, Case, count_calls, fake_control, sample, split_calls
+from torch import Tensor
+
+from blockdance_core.forecast import FORECASTS, Forecast
+from blockdance_core.policy import Fixed
+from blockdance_core.schedule import Plan, Reuse
+
+pytestmark = pytest.mark.smoke
+REUSED = (3, 5, 6, 9)
+BASE, GUIDANCE = {1: 1.5, 2: -0.6, 3: 0.1}, {1: 1.25, 2: -0.2, 3: -0.1}
+"""Weights of what was stored so many steps before, of the unconditional stream and of what guidance adds."""
+
+
+def plan_of(case: Case, forecast: Forecast) -> Plan:
+    return tuple(Reuse(case.depth, forecast) if step in REUSED else None for step in range(STEPS))
+
+
+def fitted() -> Forecast:
+    """Step 3 takes what the three steps before it stored; at the others that is not what is stored."""
+    return Forecast(True, 1, fitted=tuple(BASE.items()), guided=tuple(GUIDANCE.values()))
+
+
+def whole(model: ModelPatcher, case: Case, forecast: Forecast = FORECASTS["taylor"]) -> ModelPatcher:
+    return accelerate(model, policy=Fixed(plan_of(case, forecast)))
+
+
+class Restated:
+    """The method once more, for one model, deterministic steps and one positive and one negative conditioning."""
+
+    def __init__(self, order: int, weighed: bool = False) -> None:
+        self.order, self.weighed = order, weighed
+        self.sigmas: list[float] = []
+        self.slopes: defaultdict[int, dict[int, Tensor]] = defaultdict(dict)  # of each conditioning, by step
+
+    def patch(self, model: ModelPatcher) -> ModelPatcher:
+        clone = model.clone()
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "restated", self)
+        return clone
+
+    def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sigma, kinds = float(t[0]), args[3]["cond_or_uncond"]
+        if sigma not in self.sigmas:
+            self.sigmas.append(sigma)
+        step = len(self.sigmas) - 1
+        if step in REUSED:
+            return x - sigma * torch.cat([self.forecast(step, sigma, kind) for kind in kinds])
+        denoised = executor(x, t, *args, **kwargs)
+        for kind, slope in zip(kinds, ((x - denoised) / sigma).chunk(len(kinds)), strict=True):
+            self.slopes[kind][step] = slope
+        return denoised
+
+    def forecast(self, step: int, sigma: float, kind: int) -> Tensor:
+        own, other = self.slopes[kind], self.slopes[1]
+        if self.weighed and step == 3:
+            base = sum(weight * other[step - age] for age, weight in BASE.items())
+            if kind == 1:
+                return base
+            return base + sum(weight * (own[step - age] - other[step - age]) for age, weight in GUIDANCE.items())
+        newest, *before = sorted(own, reverse=True)
+        if not self.order:
+            return own[newest]
+        far, near = self.sigmas[before[0]], self.sigmas[newest]
+        return own[newest] + (own[newest] - own[before[0]]) * (sigma - near) / (near - far)
+
+
+@every_family
+@pytest.mark.parametrize("name", ["delta", "taylor"])
+def test_equals_a_restatement_and_runs_nothing(case: Case, name: str) -> None:
+    model, forecast = model_of(case), FORECASTS[name]
+    expected = sample(Restated(forecast.order).patch(model), case, steps=STEPS)
+    accelerated = whole(model, case, forecast)
+    totals: list[int] = []
+    with count_calls(case.blocks(model.model.diffusion_model)) as counts:
+        found = sample(accelerated, case, steps=STEPS, callback=lambda *_: totals.append(sum(counts)))
+    assert_close(expected, found, 1e-3)
+    assert distance(sample(model, case, steps=STEPS), found) > 1e-3
+    run = last_run(accelerated)
+    assert (run["warnings"], run["fallbacks"]) == ([], {})
+    assert reused_steps(run) == list(REUSED)
+    assert [step for step, (one, other) in enumerate(zip([0, *totals], totals, strict=False)) if one == other] == list(REUSED)
+    assert [run["blocks_run"][step] for step in REUSED] == [0] * len(REUSED)
+    assert run["boundary"][3] == case.depth
+    assert run["config"]["boundary_label"] == "the whole model"
+    assert run["cut_arithmetic"] == pytest.approx(len(REUSED) / STEPS)
+    latent = case.latent(1)
+    assert run["cached_bytes"] == run["predicted_bytes"] == 2 * min(2, forecast.features) * latent.numel() * 4
+
+
+@pytest.mark.parametrize("case", [CASES[name] for name in ("sd3", "flux", "wan_t2v")], ids=lambda case: case.name)
+@pytest.mark.parametrize("lengths", [False, True], ids=["equal texts", "texts of different length"])
+def test_guidance_has_weights_of_its_own(case: Case, lengths: bool) -> None:
+    model, settings = model_of(case), {"steps": STEPS, "different_lengths": lengths}
+    expected = sample(Restated(1, weighed=True).patch(model), case, **settings)
+    assert_close(expected, sample(whole(model, case, fitted()), case, **settings), 1e-3)
+    with split_calls():
+        assert_close(expected, sample(whole(model, case, fitted()), case, **settings), 1e-3)
+    single = Forecast(True, 1, fitted=tuple(BASE.items()))
+    assert distance(expected, sample(whole(model, case, single), case, **settings)) > 1e-3
+
+
+def test_without_guidance_the_weights_of_the_stream_hold() -> None:
+    case = CASES["sd3"]
+    model = model_of(case)
+    single = Forecast(True, 1, fitted=tuple(BASE.items()))
+    pair = [sample(whole(model, case, one), case, steps=STEPS, cfg=1.0) for one in (fitted(), single)]
+    assert torch.equal(*pair)
+
+
+@every_family
+def test_batched_and_split_conditionings_agree(case: Case) -> None:
+    accelerated = whole(model_of(case), case)
+    together = sample(accelerated, case, steps=STEPS)
+    with split_calls():
+        assert_close(together, sample(accelerated, case, steps=STEPS), 1e-3)
+    assert reused_steps(last_run(accelerated)) == list(REUSED)
+
+
+@every_family
+def test_the_blocks_are_not_touched(case: Case) -> None:
+    model = model_of(case)
+    blocks = case.blocks(model.model.diffusion_model)
+    before = [dict(block.__dict__) for block in blocks]
+    seen: list[bool] = []
+
+    def look(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(all(block.__dict__.keys() == known.keys() for block, known in zip(blocks, before, strict=True)))
+        return executor(*args, **kwargs)
+
+    accelerated = whole(model, case)
+    accelerated.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", look)
+    accelerated.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", look)
+    sample(accelerated, case, steps=STEPS)
+    assert seen
+    assert all(seen)
+
+
+def test_blocks_and_whole_model_in_one_plan() -> None:
+    case = CASES["sd3"]
+    plan = list(plan_of(case, FORECASTS["taylor"]))
+    plan[5:7] = [Reuse(case.depth - 2, FORECASTS["taylor"])] * 2
+    accelerated = accelerate(model_of(case), policy=Fixed(tuple(plan)))
+    result = sample(accelerated, case, steps=STEPS)
+    assert torch.isfinite(result).all()
+    run = last_run(accelerated)
+    assert (run["warnings"], run["fallbacks"]) == ([], {})
+    assert [run["blocks_run"][step] for step in REUSED] == [0, 1, 1, 0]
+    assert run["cached_bytes"] <= run["predicted_bytes"]
+
+
+def test_a_block_that_another_node_replaces_is_no_obstacle() -> None:
+    case = CASES["sd3"]
+    accelerated = whole(model_of(case), case)
+    accelerated.set_model_patch_replace(lambda args, more: more["original_block"](args), "dit", "double_block", 0)
+    sample(accelerated, case, steps=STEPS)
+    run = last_run(accelerated)
+    assert reused_steps(run) == list(REUSED)
+    assert run["fallbacks"] == {}
+
+
+def test_a_latent_that_grows_in_mid_run_is_computed_anew() -> None:
+    case = CASES["sd3"]
+    accelerated = whole(model_of(case), case)
+
+    def grow(executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """From step 5 on guidance sees a latent that is twice as high."""
+        if len(steps) < 5:
+            steps.append(1)
+            return executor(x, timestep, *args, **kwargs)
+        return executor(torch.cat([x, x], 2), timestep, *args, **kwargs)[:, :, : x.shape[2]]
+
+    steps: list[int] = []
+    accelerated.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test", grow)
+    result = sample(accelerated, case, steps=STEPS)
+    assert torch.isfinite(result).all()
+    assert 3 in reused_steps(last_run(accelerated))
+    assert 5 not in reused_steps(last_run(accelerated))
+
+
+def test_another_control_computes_the_step() -> None:
+    import nodes
+
+    case = CASES["sd3"]
+    model = model_of(case)
+    conds = nodes.ControlNetApplyAdvanced().apply_controlnet(
+        *case.conds(model), fake_control(case), torch.zeros(1, 64, 96, 3), 1.0, 0.0, 0.55)
+    accelerated = whole(model, case)
+    sample(accelerated, case, steps=STEPS, conds=conds)
+    run = last_run(accelerated)
+    assert len(run["fallbacks"]) == 1
+    assert len(reused_steps(run)) == len(REUSED) - 1
