@@ -207,7 +207,7 @@ def resolve(config: Config, defaults: Defaults, depth: int) -> Effective:
     if policy is not None and policy.boundary is not None:
         boundary = policy.boundary
     elif config.open:
-        start, end, boundary = 0.0, 1.0, depth - 1
+        start, end, boundary = 0.0, 1.0, depth
     return Effective(
         preset=config.preset,
         group_size=config.group_size if config.enabled else 1,

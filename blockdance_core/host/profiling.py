@@ -21,7 +21,7 @@ from blockdance_core.interception import Block, Feature, Passage, cloned, interc
 from blockdance_core.schedule import CACHE, COMPUTE, Plan, Reuse
 
 LAGS = (1, 2, 3, 4, 6)
-LONGEST = 7
+LONGEST = 10
 _PROBES = 10
 _FIRST = 4
 """If nothing was reused up to this step, nothing will be."""

@@ -143,7 +143,7 @@ def test_decision_falls_after_its_share_of_the_steps(steps: int, share: float, e
     ({"segments": (Segment(8, ()),)}, "no options"), ({"segments": (Segment(1, ((None,) * 19,)),)}, "looks at step 1"),
     ({"segments": (Segment(8, ((None,) * 11,)),)}, "must fill the steps"),
     ({"segments": (Segment(8, ((None,) * 12, (None,))),)}, "as many steps"),
-    ({"segments": (Segment(8, ((Reuse(28, FORECASTS["hold"]),) * 12,) * 3),)}, "boundary 28 is outside"),
+    ({"segments": (Segment(8, ((Reuse(29, FORECASTS["hold"]),) * 12,) * 3),)}, "boundary 29 is outside"),
     ({"cuts": (0.5, 0.2)}, "cuts must ascend"), ({"cuts": (0.5,)}, "has 6 outputs, expected 3"),
 ])
 def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -23,6 +23,7 @@ from blockdance_core.calibration import (
     merged,
     neighbours,
     plan_of,
+    refitted,
     sparser,
 )
 from blockdance_core.schedule import REUSE, Plan, follow
@@ -42,10 +43,16 @@ def profile(steps: int = STEPS, seed: int = 0, prompts: int = 3) -> Profile:
         errors[:, :, c, i, max(1, steps - c):] = np.nan  # behind the run
         if lags[i] > max(c, 1):
             errors[:, :, c, i] = np.nan
-    residuals = rng.normal(size=(len(BOUNDARIES), steps, 20))
+    residuals = rng.normal(size=(len(BOUNDARIES), 2, steps, 20))
     return Profile(
-        BOUNDARIES, (6 / UNIT, 3 / UNIT), lags, sigmas_of(steps), residuals @ residuals.swapaxes(1, 2), errors,
+        BOUNDARIES, (6 / UNIT, 3 / UNIT), lags, sigmas_of(steps), np.stack([gram_of(*parts) for parts in residuals]), errors,
         rng.uniform(0.5, 2, (prompts, steps + 1)))
+
+
+def gram_of(base: np.ndarray, guidance: np.ndarray | None = None) -> np.ndarray:
+    """Inner products of two parts, [2, steps, 2, steps]."""
+    parts = np.stack([base, np.zeros_like(base) if guidance is None else guidance])
+    return np.einsum("pix,qjx->piqj", parts, parts)
 
 
 def sigmas_of(steps: int) -> tuple[float, ...]:
@@ -156,11 +163,20 @@ def test_plans_of_another_profile_do_not_fit() -> None:
         assert fits(one, found.plan)
         assert not fits(one, found.plan[:-1])
     reuse = next(row for row in front(one)[-1].plan if row)
-    elsewhere = dataclasses.replace(reuse, boundary=6)
     long, late = (None, *[reuse] * LONGEST, None, None), (reuse, *[None] * 6)
-    for plan in (long, late, (None, elsewhere, *[None] * 5), (reuse,) * STEPS):
+    for plan in (long, late, (reuse,) * STEPS):
         assert len(plan) == STEPS
         assert not fits(one, plan)
+
+
+def test_a_plan_of_another_boundary_is_remade_for_one_that_was_measured() -> None:
+    one = profile()
+    for found in front(one):
+        elsewhere = tuple(row and dataclasses.replace(row, boundary=6) for row in found.plan)
+        assert fits(one, elsewhere)
+        for way, boundary in enumerate(BOUNDARIES):
+            plan = refitted(one, elsewhere, boundary)
+            assert plan == plan_of(one, [(c, size, way) for c, size in groups_of_steps(found.plan)])
 
 
 def test_neighbours_move_one_computed_step_but_the_first() -> None:
@@ -215,10 +231,6 @@ def test_sparser_plans_compute_one_step_less_and_come_by_the_error_that_is_expec
         assert losses == pytest.approx(sorted(expected(one, some)[1] for some in joined))
 
 
-def gram_of(residuals: np.ndarray) -> np.ndarray:
-    return residuals @ residuals.T
-
-
 def test_best_forecast_finds_the_expansion_that_made_a_step_and_fits_its_weights() -> None:
     residuals = np.random.default_rng(0).normal(size=(5, 40))
     sigmas = sigmas_of(5)
@@ -238,16 +250,28 @@ def test_fitted_weights_are_those_of_least_squares() -> None:
     expected, *_ = np.linalg.lstsq(residuals[[4, 3, 1]].T, residuals[5])
     assert found is not None
     assert [weight for _, weight in found.fitted] == pytest.approx(expected, abs=1e-4)
+    assert found.guided == ()
+
+
+def test_what_guidance_adds_has_weights_of_its_own() -> None:
+    """Those that make the sum of both parts closest: closer than any weights that are the same for both."""
+    base, guidance = np.random.default_rng(1).normal(size=(2, 6, 300)).cumsum(1)
+    found = best_forecast(gram_of(base, guidance), sigmas_of(6), [4, 3, 1, 0], 5)
+    nodes = [4, 3, 1]
+    expected, *_ = np.linalg.lstsq(np.concatenate([base[nodes], guidance[nodes]]).T, base[5] + guidance[5])
+    assert found is not None
+    assert [age for age, _ in found.fitted] == [1, 2, 4]
+    assert [*(weight for _, weight in found.fitted), *found.guided] == pytest.approx(expected, abs=1e-3)
 
 
 def test_best_forecast_weighs_only_what_can_be_compared() -> None:
     gram = gram_of(np.random.default_rng(2).normal(size=(5, 40)))
-    gram[1] = gram[:, 1] = np.nan
+    gram[:, 1] = gram[:, :, :, 1] = np.nan
     found = best_forecast(gram, sigmas_of(5), [3, 1, 0], 4)
     assert found is not None
     assert [age for age, _ in found.fitted] == [1]
     assert best_forecast(gram, sigmas_of(5), [1, 0], 4) is None
-    nothing = best_forecast(np.zeros((5, 5)), sigmas_of(5), [3, 1], 4)
+    nothing = best_forecast(np.zeros((2, 5, 2, 5)), sigmas_of(5), [3, 1], 4)
     assert nothing == dataclasses.replace(CANDIDATES[0], fitted=((1, 1.0), (3, 0.0))), "of equally good ones the first"
 
 

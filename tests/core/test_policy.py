@@ -336,7 +336,7 @@ def test_values_that_do_not_fit_are_refused(changes: dict[str, Any], said: str) 
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"family": ""}, "family"), ({"depth": 0}, "depth 0"), ({"depth": 20}, "boundary 20"), ({"entries": ()}, "no calibrated"),
+    ({"family": ""}, "family"), ({"depth": 0}, "depth 0"), ({"depth": 19}, "boundary 20"), ({"entries": ()}, "no calibrated"),
 ])
 def test_policy_that_does_not_fit_its_model_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
@@ -420,7 +420,7 @@ def refused(path: Path) -> str:
     ("kind", None, "no kind"),
     ("family", None, "no family"),
     ("family", "", "family"),
-    ("depth", "20", "boundary 20 is outside the depth of 20 blocks"),
+    ("depth", "19", "boundary 20 is outside the depth of 19 blocks"),
     ("depth", "-1", "depth is '-1'"),
     ("depth", "9" * 5000, "depth is '999"),
     ("sampler", '["euler", "ddim"]', "2 samplers, 1 schedulers"),
@@ -461,7 +461,7 @@ def changed(index: Any, value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     ("boundary", lambda tensor: tensor.int(), "expected torch.int16"),
     ("boundary", lambda tensor: tensor[0], "expected torch.int16 [0, 20]"),
     ("boundary", lambda tensor: tensor[:0], "0.anchored"),
-    ("boundary", changed((0, 5), 28), "boundary 28"),
+    ("boundary", changed((0, 5), 29), "boundary 29"),
     ("boundary", changed((0, 5), -2), "boundary -2"),
     ("order", changed((0, 5), 3), "order 3"),
     ("anchored", changed((0, 5), 2), "anchored is 2"),

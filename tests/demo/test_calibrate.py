@@ -52,7 +52,7 @@ def test_a_small_calibration_is_kept_resumed_and_extended(
     assert os.listdir(out.parent) == [profile.name]
     before, settings = calibrate.load_profile(profile)
     assert before.errors.shape[0] == settings["batches"] == 2
-    assert (settings["prompts"], settings["split"], settings["boundaries"]) == (2, "train", [15])
+    assert (settings["prompts"], settings["split"], settings["boundaries"]) == (2, "train", [16])
     rollouts = settings["cost"]["rollouts"]
 
     monkeypatch.undo()
@@ -79,7 +79,7 @@ def test_a_small_calibration_is_kept_resumed_and_extended(
 
 
 def test_profile_comes_back_from_disk_as_it_was(tmp_path: Path) -> None:
-    arrays = np.ones((2, 2, 2)), np.full((3, 2, 2, 2, 2), np.nan), np.ones((3, 3))
+    arrays = np.ones((2, 2, 2, 2, 2)), np.full((3, 2, 2, 2, 2), np.nan), np.ones((3, 3))
     one = Profile((5, 7), (0.5, 0.25), (1, 2), (1.0, 0.5), *arrays)
     path = tmp_path / "new" / "a.npz"
     calibrate.save_profile(one, path, {"sampler": "euler", "prompts": 8})

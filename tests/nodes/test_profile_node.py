@@ -266,8 +266,8 @@ def test_cost_of_a_reuse_step_is_its_share_of_the_same_run(node: Any, monkeypatc
 def test_gram_holds_first_evaluations() -> None:
     euler, heun = (profiling.gram(Rollouts(model_of(CASE), prompt(sampler, steps=4)), [7]) for sampler in ("euler", "heun"))
     assert np.isfinite(heun).all()
-    assert heun[0, 0, 0] == pytest.approx(euler[0, 0, 0])
-    assert heun[0, 1, 2] == pytest.approx(euler[0, 1, 2], rel=0.5)
+    assert heun[0, :, 0, :, 0] == pytest.approx(euler[0, :, 0, :, 0])
+    assert heun[0, :, 1, :, 2].sum() == pytest.approx(euler[0, :, 1, :, 2].sum(), rel=0.5)
 
 
 def test_gram_weighs_conditionings_as_guidance_does() -> None:
@@ -277,10 +277,22 @@ def test_gram_weighs_conditionings_as_guidance_does() -> None:
         return profiling.gram(Rollouts(model_of(CASE), prompt(**changes)), [7])
 
     same = [gram(cfg=cfg, positive=negative, negative=negative) for cfg in (1.0, 4.5)]
-    assert same[1] == pytest.approx(same[0], rel=1e-3), "what both have in common is not amplified"
-    other = gram(cfg=4.5)
-    assert other == pytest.approx(np.swapaxes(other, 1, 2))
-    assert (other[0].diagonal() > 0).all()
+    assert same[1] == pytest.approx(same[0], rel=1e-3, abs=1e-3), "what both have in common is not amplified"
+    (other,), (stronger,) = gram(cfg=4.5), gram(cfg=9.0)
+    assert other == pytest.approx(other.transpose(2, 3, 0, 1))
+    assert all((other[part, range(STEPS), part, range(STEPS)] > 0).all() for part in (0, 1))
+    assert np.array_equal(other[0, 0, 0, 0], stronger[0, 0, 0, 0])
+    assert stronger[1, 0, 1, 0] == pytest.approx(4 * other[1, 0, 1, 0])
+
+
+@pytest.mark.parametrize("boundary", [7, 8], ids=["blocks", "whole model"])
+def test_gram_is_of_residuals_or_slopes_as_guidance_combines_them(boundary: int) -> None:
+    """The sum of both parts at the first step, restated from the full run."""
+    rollouts = Rollouts(model_of(CASE), prompt(cfg=4.5))
+    positive, negative = (one.double() for one in rollouts.full.predicted[0][0])
+    slope = (rollouts.full.entered[0].double() - torch.lerp(negative, positive, 4.5)) / rollouts.full.record["sigmas"][0]
+    found = profiling.gram(rollouts, [boundary])[0].sum((0, 2))[0, 0]
+    assert (found == pytest.approx(float(slope.square().sum()), rel=1e-3)) == (boundary == CASE.depth)
 
 
 def test_conditionings_that_come_and_go_are_profiled_and_never_compared(node: Any) -> None:
@@ -289,7 +301,7 @@ def test_conditionings_that_come_and_go_are_profiled_and_never_compared(node: An
         {"start_percent": 0.0, "end_percent": 0.5}, {"start_percent": 0.3, "end_percent": 1.0}))
     changes = {"positive": [*early, *late], "negative": negative, "steps": 6}
     assert np.isfinite(node.execute(**inputs(**changes)).result[0].profile.gains).all()
-    gram = profiling.gram(Rollouts(model_of(CASE), prompt(steps=6, positive=changes["positive"])), [7])[0]
+    gram = profiling.gram(Rollouts(model_of(CASE), prompt(steps=6, positive=changes["positive"])), [7])[0].sum((0, 2))
     assert 0 < np.isnan(gram).sum() < gram.size
     assert np.isfinite(gram.diagonal()).all()
 
@@ -302,7 +314,8 @@ def test_chained_nodes_make_one_profile(node: Any) -> None:
     assert np.array_equal(first.profile.errors, errors, equal_nan=True)
     assert [one.seed for one in second.prompts] == [1, 2]
     assert second.profile.errors.shape[0] == second.profile.gains.shape[0] == 3
-    assert (second.profile.grams[0].diagonal() > first.profile.grams[0].diagonal()).all()
+    one, both = (np.einsum("pipi->pi", measured.profile.grams[0])[0] for measured in (first, second))
+    assert (both > one).all()
     assert np.array_equal(second.profile.errors[:2], errors, equal_nan=True)
     assert second.rollouts == 2 * first.rollouts
 
@@ -378,8 +391,8 @@ def test_progress_is_shown_to_the_end_and_single_runs_are_not_logged(
 def test_boundaries_are_indices_or_shares() -> None:
     assert parse_boundaries("", 28) == ()
     assert parse_boundaries(" 0.75 , 27,20, 1.0", 28) == (20, 27)
-    assert parse_boundaries("0", 8) == (0,)
-    for wrong in ("28", "-1", "1.5", "x", "nan", "inf", "1e400", "0.0", "3;4"):
+    assert parse_boundaries("0, 8", 8) == (0, 8)
+    for wrong in ("29", "-1", "1.5", "x", "nan", "inf", "1e400", "0.0", "3;4"):
         with pytest.raises(ValueError, match="0 to 27"):
             parse_boundaries(wrong, 28)
 
@@ -389,7 +402,8 @@ def test_steps_that_did_not_reuse_count_as_not_measured(node: Any) -> None:
     case = CASES["hidream_o1"]
     positive, negative = case.conds(model_of(case))
     measured, report = node.execute(**inputs(
-        model=model_of(case), positive=positive, negative=negative, latent_image={"samples": case.latent(1)})).result
+        model=model_of(case), positive=positive, negative=negative, latent_image={"samples": case.latent(1)},
+        boundaries=str(case.depth - 1))).result
     errors, = json.loads(report)["errors"]
     assert errors[0] is None
     assert all(error > 0 for error in errors[1:-1])
@@ -402,7 +416,7 @@ def test_model_of_which_nothing_can_be_reused_is_refused_early_and_the_reason_is
     replaced.set_model_patch_replace(lambda args, more: more["original_block"](args), "dit", "double_block", 0)
     blocks = CASE.blocks(replaced.model.diffusion_model)
     with count_calls(blocks) as counts, pytest.raises(ValueError, match=r"Nothing can be reused with this model .* replace"):
-        node.execute(**inputs(model=replaced, steps=20))
+        node.execute(**inputs(model=replaced, steps=20, boundaries="7"))
     assert counts[0] < 150
 
 
