@@ -145,7 +145,7 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
     if isinstance(policy, AdaptivePolicy):
         text = identity.text(getattr(guider, "conds", {}), shapes[0][0])
         policy.require(shapes[0][1] if len(shapes) == 1 else 1, None if text is None else text.shape[2])
-    accepted = accepted_errors(model_sampling, sigmas) if handle.config.guarded else []
+    accepted = accepted_errors(model_sampling, sigmas, handle.effective.whole) if handle.config.guarded else []
     together = _undivided(guider.model_options.get("transformer_options", {}))
     session = Session(handle.config, sigmas, levels, tell, sampler, accepted, text, together)
     other = getattr(guider, "uncond_model_patcher", None)  # the host's DualModelGuider runs both within one run

@@ -27,8 +27,8 @@ def noise_levels(model_sampling: Any, sigmas: Sequence[float]) -> list[float]:
     return [_level(model_sampling, sigma) for sigma in sigmas]
 
 
-def accepted_errors(model_sampling: Any, sigmas: Sequence[float]) -> list[float]:
-    """How much of the guard's tolerance an error of the model's output may take at each step.
+def accepted_errors(model_sampling: Any, sigmas: Sequence[float], slopes: bool = False) -> list[float]:
+    """How much of the guard's tolerance an error of the model's output, or of the latent's slope, may take at each step.
 
     What a model predicts differs: noise, a velocity, the clean latent; and so do the steps of schedulers. An error counts as
     what it does to the latent within its step, both seen as on the straight path of a flow from noise to the clean latent,
@@ -37,11 +37,12 @@ def accepted_errors(model_sampling: Any, sigmas: Sequence[float]) -> list[float]
     Args:
         model_sampling: The object in force for this run; its own formulas are asked.
         sigmas: Noise levels, n + 1.
+        slopes: Whether the error is one of the slope (x - denoised) / sigma.
 
     Returns:
         n values above 0; 1 where the formulas give no answer.
     """
-    levels = [_flow(model_sampling, sigma) for sigma in sigmas]
+    levels = [_flow(model_sampling, sigma, slopes) for sigma in sigmas]
     count = len(sigmas) - 1
     span = abs(levels[0][0] - levels[-1][0]) if count > 0 else 0.0
     accepted = []
@@ -51,13 +52,14 @@ def accepted_errors(model_sampling: Any, sigmas: Sequence[float]) -> list[float]
     return accepted
 
 
-def _flow(model_sampling: Any, sigma: float) -> tuple[float, float]:
-    """Share of noise in a latent at `sigma`, 0 to 1, and the error of the velocity that an error of 1 of the output makes."""
+def _flow(model_sampling: Any, sigma: float, slope: bool) -> tuple[float, float]:
+    """Share of noise in a latent at `sigma`, 0 to 1, and the error of the velocity that an error of 1 makes."""
     at, one = torch.full((1,), sigma, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
     clean, noise = (
         float(model_sampling.noise_scaling(at, *pair)) for pair in ((0 * one, one.clone()), (one.clone(), 0 * one))
     )
-    moved = abs(float(model_sampling.calculate_denoised(at, one, 0 * one)))  # what an error of 1 does to the clean latent
+    # what an error of 1 does to the clean latent
+    moved = sigma if slope else abs(float(model_sampling.calculate_denoised(at, one, 0 * one)))
     share = noise / (clean + noise) if clean + noise > 0 else math.nan
     return share, moved / share if share else math.nan
 

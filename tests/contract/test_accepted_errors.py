@@ -40,3 +40,22 @@ def test_error_of_predicted_noise_counts_1_plus_sigma_times() -> None:
 def test_degenerate_lists_are_tolerated(sigmas: list[float]) -> None:
     sampling = model_of(CASES["sd3"]).get_model_object("model_sampling")
     assert accepted_errors(sampling, sigmas) == [1.0] * max(len(sigmas) - 1, 0)
+
+
+def test_error_of_a_slope_is_one_of_noise_or_velocity_whatever_the_model_predicts() -> None:
+    import comfy.model_sampling as host
+
+    class Noise(host.ModelSamplingDiscrete, host.EPS):
+        pass
+
+    class Velocity(host.ModelSamplingDiscrete, host.V_PREDICTION):
+        pass
+
+    sigmas = [9.0, 4.0, 1.0, 0.0]
+    noise, velocity = (kind() for kind in (Noise, Velocity))
+    expected = accepted_errors(noise, sigmas)
+    assert accepted_errors(noise, sigmas, slopes=True) == pytest.approx(expected)
+    assert accepted_errors(velocity, sigmas, slopes=True) == pytest.approx(expected)
+    assert accepted_errors(velocity, sigmas) != pytest.approx(expected)
+    flow = model_of(CASES["sd3"]).get_model_object("model_sampling")
+    assert accepted_errors(flow, [1.0, 0.5, 0.0], slopes=True) == pytest.approx(accepted_errors(flow, [1.0, 0.5, 0.0]))
