@@ -14,9 +14,9 @@ PRESETS = ("auto", "paper", "custom")
 WINDOWS = ("noise_level", "steps")
 FORECASTS = ("taylor", "taylor2", "delta", "hold")
 CACHE_DEVICES = ("auto", "gpu", "cpu")
-QUALITIES = {"off": math.inf, "near-lossless": 0.15, "balanced": 0.25, "draft": 0.4}
-"""Largest error of a forecast that is injected: a share of what the blocks contribute (root mean square), in units of what
-a step accepts (`host.levels.accepted_errors`). Measured: docs/benchmarks.md."""
+QUALITIES = {"off": math.inf, "near-lossless": 0.2, "balanced": 0.3, "draft": 0.45}
+"""Largest error of a forecast that is injected: a share of the slope, or of what the blocks contribute (root mean square), in
+units of what a step accepts (`host.levels.accepted_errors`). Measured: docs/benchmarks.md."""
 RECOMMENDED = -1
 """The value of `boundary` that stands for the model family's recommended one."""
 FEW_STEPS = 8

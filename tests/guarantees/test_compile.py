@@ -6,6 +6,7 @@ transformer_options unguarded.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from harness import STEPS, accelerate, assert_close, last_run, model_of, reused_steps
 from tiny import CASES, Case, sample
 
+from blockdance_core.config import QUALITIES
 from blockdance_core.interception import FullGraphError
 
 sd3, flux = CASES["sd3"], CASES["flux"]
@@ -134,3 +136,18 @@ def test_one_graph_of_the_whole_model_is_refused_with_what_to_do(order: str) -> 
     with pytest.raises(FullGraphError, match="Turn fullgraph off, or compile the blocks one by one"):
         sample(accelerated, sd3, steps=STEPS)
     assert not any("forward" in block.__dict__ for block in sd3.blocks(model.model.diffusion_model))
+
+
+@pytest.mark.parametrize("order", ["compile first", "accelerate first"])
+def test_one_graph_of_the_whole_model_is_skipped_as_a_whole(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a quality nothing is put between the blocks: the graph stays as it is."""
+    monkeypatch.setitem(QUALITIES, "draft", math.inf)
+    model, settings = model_of(sd3), {"preset": "auto", "quality": "draft"}
+    expected = sample(accelerate(model, **settings), sd3, steps=STEPS)
+    if order == "compile first":
+        accelerated = accelerate(compiled(model, fullgraph=True), **settings)
+    else:
+        accelerated = compiled(accelerate(model, **settings), fullgraph=True)
+    assert_close(expected, sample(accelerated, sd3, steps=STEPS))
+    assert reused_steps(last_run(accelerated)) == list(range(2, STEPS))
+    assert graphs() == 1
