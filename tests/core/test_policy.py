@@ -20,7 +20,7 @@ from blockdance_core.forecast import FORECASTS, Forecast
 from blockdance_core.policy import Calibrated, Fixed, PolicyError, SchedulePolicy, file, load, save
 from blockdance_core.schedule import Reuse, Schedule, follow
 
-SLOW, FAST = Reuse(13, FORECASTS["delta"]), Reuse(20, Forecast(True, 2, 0.9, ((1, 1.25), (4, -0.5))))
+SLOW, FAST = Reuse(13, FORECASTS["delta"]), Reuse(20, Forecast(True, 2, 0.9, ((1, 1.25), (4, -0.5)), (1.5, -0.75)))
 PLANS = {20: ("....Cr..Cr..CrCrCr..", "....CrrrCrrrCrrCrrr."), 30: ("......CrrCrrCrrCrrCrrCrrCrr...",)}
 
 
@@ -156,7 +156,7 @@ def test_fitted_plan_keeps_its_share_and_its_ends(steps: int, first: float, powe
     assert text[-1] == "."
     assert first == 0.0 or text[1] != "r"
     assert {step.boundary for step in plan.steps} <= {None, 20}
-    expansion = dataclasses.replace(FAST.forecast, fitted=())
+    expansion = dataclasses.replace(FAST.forecast, fitted=(), guided=())
     assert {step.forecast for step in plan.steps} <= {None, expansion}, "the weights are of other steps"
     low, high = round(source.position(levels[0])), source.steps
     share = sum(row is None for row in source.plans[1][low:high]) / (high - low)
@@ -397,10 +397,19 @@ def test_name_is_that_of_the_file_where_it_has_none(tmp_path: Path) -> None:
 
 def test_file_without_fitted_weights_has_the_expansions_alone(tmp_path: Path) -> None:
     tensors, metadata = content()
-    del tensors["0.age"], tensors["0.weight"]
+    del tensors["0.age"], tensors["0.weight"], tensors["0.guided"]
     safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", metadata)
     (found,) = load(tmp_path / "a.safetensors").entries
     assert found.plans == (entry().plans[0], plan_of(PLANS[20][1], Reuse(20, Forecast(True, 2, 0.9))))
+
+
+def test_file_without_weights_of_the_guidance_has_one_set_for_all(tmp_path: Path) -> None:
+    tensors, metadata = content()
+    del tensors["0.guided"]
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", metadata)
+    (found,) = load(tmp_path / "a.safetensors").entries
+    single = dataclasses.replace(FAST.forecast, guided=())
+    assert found.plans[1] == plan_of(PLANS[20][1], Reuse(20, single))
 
 
 def refused(path: Path) -> str:
@@ -471,8 +480,12 @@ def changed(index: Any, value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     ("age", changed((1, 5, 1), 1), "ages [1, 1]"),
     ("age", lambda tensor: tensor[:, :, :2], "0.age"),
     ("weight", lambda tensor: None, "no tensor 0.weight"),
-    ("weight", changed((1, 5, 1), float("nan")), "fitted weights [1.25, nan]"),
-    ("weight", changed((1, 5, 1), 101), "fitted weights [1.25, 101.0]"),
+    ("weight", changed((1, 5, 1), float("nan")), "fitted weights [1.25, nan, "),
+    ("weight", changed((1, 5, 1), 101), "fitted weights [1.25, 101.0, "),
+    ("guided", changed((1, 5, 1), float("nan")), "weights of the guidance"),
+    ("guided", changed((1, 5, 1), 101), "fitted weights [1.25, -0.5, 1.5, 101.0]"),
+    ("guided", lambda tensor: tensor[:, :, :2], "0.guided"),
+    ("age", lambda tensor: tensor.mul(0), "weights of the guidance"),
     ("levels", lambda tensor: tensor[1:].clone(), "0.levels"),
     ("levels", lambda tensor: tensor.flip(0), "ascend"),
     ("levels", changed(3, float("inf")), "levels"),

@@ -199,6 +199,40 @@ def test_plans_of_before_are_tried_as_well_if_they_are_of_the_same_boundaries(me
     assert found.plan == good
 
 
+def test_plans_of_before_with_another_boundary_are_remade_and_tried(measured: Any) -> None:
+    profile = measured.profile
+    good = plan_of(profile, [(0, 3, 1), (3, 1, 1), (4, 1, 1), (5, 3, 1)])
+    foreign = tuple(dataclasses.replace(row, boundary=6) if row else None for row in good)
+
+    def errors(plan: Any) -> torch.Tensor:
+        return torch.tensor([1e-9 if plan == good else 1e-3])
+
+    found, = calibrated(profile, [pretended(errors)], (0.5,), before=[foreign])
+    assert found.plan == good
+
+
+def test_without_boundaries_the_whole_model_is_calibrated_and_followed(
+    calibrate: Any, nodes: dict[str, Any], folder: Path
+) -> None:
+    positive, negative = CASE.conds(model_of(CASE))
+    found = nodes["BlockDanceProfile"].execute(
+        model_of(CASE), positive, negative, {"samples": CASE.latent(1)}, 1, STEPS, 3.0, "euler", "simple", 1.0).result[0]
+    assert found.profile.boundaries == (CASE.depth,)
+    policy, text = calibrate.execute(found, "whole", 0.5, 0.0, 0).result
+    assert json.loads(text)["levels"][0]["boundaries"] == [CASE.depth]
+    assert load(folder / "whole.safetensors") == policy
+    assert all(len(row.forecast.guided) == len(row.forecast.fitted) > 0
+               for row in plan_of(found.profile, [(0, 4, 0), (4, 4, 0)]) if row)
+    rows = [row for row in policy.entries[0].plans[0] if row]
+    assert rows
+    model, = nodes["BlockDanceAccelerate"].execute(
+        model_of(CASE), enabled=True, preset="auto", group_size=64, policy=policy).result
+    sample(model, CASE, steps=STEPS)
+    run = last_run(model)
+    assert run["reused_steps"] == len(rows)
+    assert run["block_runs"] * STEPS == run["block_runs_full"] * (STEPS - len(rows))
+
+
 def test_calibrating_again_keeps_what_was_better(
     calibrate: Any, nodes: dict[str, Any], measured: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
