@@ -10,9 +10,12 @@ import models_page
 import pytest
 from host.server import REPO
 
+from blockdance_core import policy
 from blockdance_core.config import Config
 from blockdance_core.families import Family, declared
+from demo.architectures import ARCHITECTURES
 from demo.bench import page as bench_page
+from demo.options import POLICIES
 
 DOCUMENTS = [REPO / "README.md", REPO / "CHANGELOG.md", *sorted(REPO.glob("docs/*.md")), *sorted(REPO.glob("demo/**/*.md"))]
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -44,7 +47,7 @@ def test_table_of_models_is_the_one_that_records_and_suite_make(request: pytest.
 @pytest.mark.skipif(not bench_page.JSON.is_file(), reason="nothing has been measured yet")
 def test_page_of_benchmarks_is_the_one_that_the_figures_make(request: pytest.FixtureRequest) -> None:
     data = json.loads(bench_page.JSON.read_text(encoding="utf-8"))
-    text = bench_page.render(data, bench_page.policies())
+    text = bench_page.render(data)
     if request.config.getoption("--update-docs"):
         bench_page.PAGE.write_text(text, encoding="utf-8")
     assert bench_page.PAGE.read_text(encoding="utf-8") == text, f"run {bench_page.UPDATE}"
@@ -54,7 +57,7 @@ def test_page_of_benchmarks_is_the_one_that_the_figures_make(request: pytest.Fix
 def test_figures_of_calibrated_policies_are_of_the_policies_that_are_shipped() -> None:
     levels = {
         (name, entry.steps, f"cut={cut:.3f}")
-        for name, policy in bench_page.policies().items() for entry in policy.entries for cut in entry.cuts
+        for name in ARCHITECTURES for entry in policy.load(POLICIES / f"{name}.safetensors").entries for cut in entry.cuts
     }
     points = json.loads(bench_page.JSON.read_text(encoding="utf-8"))["points"]
     measured = {(one["model"], one["steps"], one["setting"]) for one in points if one["method"] == "ours-calibrated"}

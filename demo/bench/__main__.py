@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from demo import options as common
-from demo.bench import ablation, adaptive, latency, methods, page, real_size, runner
+from demo.bench import ablation, adaptive, latency, methods, page, real_size, runner, tails
 from demo.loader import MODELS
 
 
@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--seed", type=int, default=0, help="of captions and noise")
     top.add_argument("--json", type=Path, metavar="PATH", help="add the figures to this file")
     top.add_argument("--resume", type=Path, metavar="PATH", help="keep finished points as JSON lines there, and go on there")
+    top.add_argument("--tails", action="store_true", help="what is expected of reuse by where it stops, from one profile")
     top.add_argument("--latency", action="store_true", help="time against batch, steps and tokens (the first of --methods)")
     top.add_argument("--real-size", nargs="*", metavar="NAME",
                      help="full-size models with random weights: " + ", ".join(real_size.MODELS))
@@ -66,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found: dict[str, Any]
     if options.real_size is not None:
         return _swept("real_size", real_size, about, options, options.real_size or real_size.MODELS, real_size.measure)
+    if options.tails:
+        return _swept("tails", tails, about, options, _models(options), lambda options, name: tails.measure(
+            common.fitted(options, name, (options.steps or [None])[0]), name))
     if options.latency:
         return _swept("latency", latency, about, options, _models(options), lambda options, name: latency.measure(
             common.fitted(options, name, (options.steps or [None])[0]), name))

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its plots, made from docs/benchmarks.json and the policies of the demo models alone."""
+"""docs/benchmarks.md and its plots, made from docs/benchmarks.json alone."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from demo.architectures import ARCHITECTURES
-from demo.bench import ablation, adaptive, latency, methods, real_size
+from demo.bench import ablation, adaptive, latency, methods, real_size, tails
 from demo.bench.figures import GOALS, PSNR_CAP, Duel, duel
-from demo.options import POLICIES
-
-if TYPE_CHECKING:
-    from blockdance_core.policy import Calibrated, SchedulePolicy
 
 DOCS = Path(__file__).parents[2] / "docs"
 JSON, PAGE = DOCS / "benchmarks.json", DOCS / "benchmarks.md"
@@ -30,7 +26,7 @@ CONDITIONS = ("model", "steps", "sampler", "scheduler", "cfg", "split", "difficu
 KEY = (*CONDITIONS, "method", "setting")
 DUELS = (0.15, 0.80)
 """Rival points of a cut between these are compared with ours."""
-SWEEPS = {"latency": latency, "real_size": real_size}
+SWEEPS = {"tails": tails, "latency": latency, "real_size": real_size}
 _COLOURS = {"ours-calibrated": "#d55e00", "ours-auto": "#0072b2", "ours-paper": "#009e73", "ours-guarded": "#cc79a7"}
 
 Point = dict[str, Any]
@@ -73,15 +69,7 @@ def write() -> None:
     data = json.loads(JSON.read_text(encoding="utf-8"))
     for group in groups(data):
         plot(group, DOCS / group.picture)
-    PAGE.write_text(render(data, policies()), encoding="utf-8")
-
-
-def policies() -> dict[str, SchedulePolicy]:
-    """The policies of the demo models that there are."""
-    from blockdance_core import policy
-
-    found = {path.stem: policy.load(path) for path in sorted(POLICIES.glob("*.safetensors"))}
-    return {name: one for name, one in found.items() if isinstance(one, policy.SchedulePolicy)}
+    PAGE.write_text(render(data), encoding="utf-8")
 
 
 class Group(NamedTuple):
@@ -153,13 +141,13 @@ def duels(points: Sequence[Point]) -> list[Duel]:
     return [duel(point, mine) for point in points if not point["method"].startswith(OURS) and low <= point["cut"] <= high]
 
 
-def render(data: dict[str, Any], policies: Mapping[str, SchedulePolicy]) -> str:
-    """The whole page, from the figures and the policies of the models."""
+def render(data: dict[str, Any]) -> str:
+    """The whole page, from the figures."""
     return "\n".join([
         "# Benchmarks", "", f"Made by `{UPDATE}` from [benchmarks.json](benchmarks.json).", "",
         *_method(data), *_goals(data), *_summary(data),
         *(line for group in groups(data) for line in _section(group)),
-        *_tails(policies), *_adaptive(data), *_ablation(data), *_sweeps(data), *_missing(data),
+        *_adaptive(data), *_ablation(data), *_sweeps(data), *_missing(data),
     ])
 
 
@@ -290,50 +278,6 @@ def _section(group: Group) -> Iterator[str]:
     yield ""
 
 
-def _tails(policies: Mapping[str, SchedulePolicy]) -> Iterator[str]:
-    """How often calibration lets the blocks behind the boundary live, where it had the choice."""
-    found = [
-        (f"{model}, {entry.steps} steps of {entry.sampler}", entry.cuts, _kept(entry, policy.depth))
-        for model, policy in sorted(policies.items()) for entry in policy.entries
-        if len(policy.record.get("calibrations", {}).get(entry.key, {}).get("boundaries", ())) > 1
-    ]
-    if not found:
-        return
-    yield from ("## When the tail of live blocks pays", "")
-    without = [model for model in policies if not any(title.startswith(f"{model}, ") for title, _, _ in found)]
-    slow = _sum(level for _, _, levels in found for level in levels[: len(levels) // 2])
-    fast = _sum(level for _, _, levels in found for level in levels[len(levels) // 2 :])
-    kept, reused = _sum((slow, fast))
-    yield (
-        "Where it was offered more than the last block, calibration lets a tail of blocks behind the boundary run in "
-        f"{kept} of {reused} reuse steps: in "
-        f"{_share(slow)} of those of the slower half of the levels, and in {_share(fast)} of those of the faster half."
-        + (f" It was not offered more on {' and '.join(without)}." if without else "")
-    )
-    yield ""
-    for title, cuts, levels in found:
-        yield from _header(f"{title}: cut", *(f"{cut:.1%}" for cut in cuts))
-        yield f"| reuse steps with a tail | {' | '.join(_share(level) for level in levels)} |"
-        yield ""
-
-
-def _kept(entry: Calibrated, depth: int) -> list[tuple[int, int]]:
-    """For each level the reuse steps with a boundary below the last block, and all of them."""
-    from blockdance_core.schedule import REUSE, follow
-
-    steps = [[step for step in follow(plan).steps if step.decision == REUSE] for plan in entry.plans]
-    return [(sum((step.boundary or 0) < depth - 1 for step in level), len(level)) for level in steps]
-
-
-def _sum(levels: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    kept, reused = map(sum, zip((0, 0), *levels, strict=True))
-    return kept, reused
-
-
-def _share(level: tuple[int, int]) -> str:
-    return f"{level[0] / level[1]:.0%}" if level[1] else "-"
-
-
 def _adaptive(data: dict[str, Any]) -> Iterator[str]:
     if not data.get("adaptive"):
         return
@@ -394,7 +338,8 @@ def _ablation(data: dict[str, Any]) -> Iterator[str]:
 
 def _sweeps(data: dict[str, Any]) -> Iterator[str]:
     for name, title in (
-        ("latency", "DiT time against batch, steps and tokens"), ("real_size", "Models of real size, random weights"),
+        ("tails", "When the tail of live blocks pays"), ("latency", "DiT time against batch, steps and tokens"),
+        ("real_size", "Models of real size, random weights"),
     ):
         if name in data:
             rows = data[name]["rows"]

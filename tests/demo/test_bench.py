@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import logging
@@ -17,8 +18,10 @@ from blockdance_core.host import training
 from blockdance_core.host.pictures import Pictures
 from blockdance_core.schedule import follow
 from demo import loader
+from demo.architectures import ARCHITECTURES
 from demo.bench import __main__ as program
-from demo.bench import ablation, adaptive, figures, latency, methods, page, real_size, rivals, runner
+from demo.bench import ablation, adaptive, figures, latency, methods, page, real_size, rivals, runner, tails
+from demo.options import POLICIES
 
 
 def _letters(plan) -> str:
@@ -169,7 +172,7 @@ def _data() -> dict:
 
 
 def test_page_says_which_goals_are_met_and_which_rivals_are_beaten() -> None:
-    text = page.render(_data(), {})
+    text = page.render(_data())
     assert "| sd3-mini | 20 | near-lossless | SSIM >= 0.99 | 45% | 50.0% | ours-auto N=2 | met |" in text
     assert "| sd3-mini | 20 | stretch | SSIM >= 0.95 | 62% | 50.0% | ours-auto N=2 | not met |" in text
     assert "| sd3-mini | 20 | fora | 1 | 0 | 0 | 0 | 1 | 0 | 0 |" in text
@@ -237,13 +240,13 @@ def test_points_that_lack_a_condition_are_measured_again_but_shown(tmp_path) -> 
     cut_off = json.dumps(_point("hold", 0.4, [0.9]))[:-9]
     path.write_text("\n".join((json.dumps(whole), json.dumps(old), cut_off)), encoding="utf-8")
     assert list(program._finished(path).values()) == [whole]
-    text = page.render({**_data(), "points": [whole, old]}, {})
+    text = page.render({**_data(), "points": [whole, old]})
     assert "## sd3-mini, 20 steps of euler, seed unknown" in text
 
 
 def test_page_says_conditions_and_commands_of_the_points_themselves() -> None:
     points = [_point("fora", 0.4, [0.9] * 3), _point("fora", 0.4, [0.9], steps=30, split="validation", command="another")]
-    text = page.render({**_data(), "points": points}, {})
+    text = page.render({**_data(), "points": points})
     assert (
         "- sd3-mini, 20 steps of euler (simple, CFG 4.5): 3 captions of the test split (mixed difficulty), seed 0, in batches "
         "of 2, 1 threads of a machine, PyTorch 2; made by `python dev.py bench`."
@@ -257,7 +260,7 @@ def test_what_is_ours_is_no_rival() -> None:
     points = [*own, _point("fora", 0.5, [0.9])]
     assert page.ours(points) == own
     assert [(one.rival["method"], one.outcome) for one in page.duels(points)] == [("fora", "out of reach")]
-    text = page.render({**_data(), "points": points}, {})
+    text = page.render({**_data(), "points": points})
     assert text.count("A user reaches every setting of ours: by N, **quality**, or **cut**") == 2
     assert "chosen by these very captions" in text
 
@@ -281,39 +284,46 @@ def test_worst_tenth_has_an_interval_and_what_is_surely_worse_is_listed() -> Non
     assert figures.tenth_gain(spread, spread) == (0.0, 0.0)
     assert figures.tenth_gain(spread, [value - 0.5 for value in spread])[0] == pytest.approx(0.5)
     mine = _point("ours-auto", 0.5, [0.5, 0.5, *[1.0] * 18])
-    text = page.render({**_data(), "points": [mine, _point("fora", 0.5, [0.9] * 20)]}, {})
+    text = page.render({**_data(), "points": [mine, _point("fora", 0.5, [0.9] * 20)]})
     assert "| fora | 0 | 1 | 0 | 0 | 0 | 1 | 0 |" in text, "two lost pictures of twenty may be none of twenty others"
 
 
 def test_page_says_what_was_not_measured() -> None:
-    text = page.render({**_data(), "points": [_point("fora", 0.5, [0.9] * 4)]}, {})
+    text = page.render({**_data(), "points": [_point("fora", 0.5, [0.9] * 4)]})
     assert "- wan-mini, 50 steps: nothing" in text
     assert "- sd3-mini, 20 steps: ours-paper" in text
     assert "- `python dev.py bench --real-size`" in text
     assert "fora" not in text[text.index("## Not measured") :].splitlines()[2]
 
 
-def test_page_counts_the_reuse_steps_that_keep_a_tail() -> None:
-    from blockdance_core.forecast import FORECASTS
-    from blockdance_core.schedule import Reuse
-
-    tail, last = Reuse(2, FORECASTS["hold"]), Reuse(3, FORECASTS["hold"])
-    plans = ((None, tail, None, None), (None, tail, None, last, None, last, None), (None, None))
-    entry = SimpleNamespace(key="euler simple 7", sampler="euler", steps=7, cuts=(0.2, 0.4, 0.0), plans=plans)
-
-    def policies(*boundaries: int) -> dict:
-        record = {"calibrations": {entry.key: {"boundaries": boundaries}}}
-        return {"some": SimpleNamespace(depth=4, entries=[entry], record=record)}
-
-    text = page.render(_data(), policies(2, 3))
+def test_page_says_what_is_expected_of_every_boundary() -> None:
+    about = {"model": "some", "steps": 7, "sampler": "euler", "depth": 4, "n": 4, "command": "bench --tails"}
+    about |= {"environment": {"device": "a machine", "threads": 1}}
+    rows = [
+        {**about, "boundary": boundary, "cost": cost, "expected_db": [40.0, 30.0, 20.0, 10.0, None, None], "tail": tail}
+        for boundary, cost, tail in (
+            (1, 0.5, [1.0] * 4 + [None] * 2), (4, 0.0, [0.0] * 4 + [None] * 2), (None, None, [0.25] * 4 + [None] * 2))
+    ]
+    text = page.render(_data() | {"tails": {"rows": rows}})
     assert "## When the tail of live blocks pays" in text
-    assert "in 2 of 4 reuse steps: in 100% of those of the slower half of the levels, and in 33% of" in text
-    assert "not offered" not in text
-    assert "It was not offered more on other." in page.render(_data(), policies(2, 3) | {"other": policies(3)["some"]})
-    assert "| some, 7 steps of euler: cut | 20.0% | 40.0% | 0.0% |\n|---|---|---|---|\n" in text
-    assert "| reuse steps with a tail | 100% | 33% | - |" in text
-    assert "When the tail" not in page.render(_data(), {})
-    assert "When the tail" not in page.render(_data(), policies(3)), "it had no choice"
+    assert "| some, 7 steps | 2 of 4 blocks | 50.0% | 40.0 dB | 30.0 dB | 20.0 dB | 10.0 dB | - | - |" in text
+    assert "| some, 7 steps | the whole model | 0.0% | 40.0 dB |" in text
+    assert "| some, 7 steps | whatever is best |  | 40.0 dB (25% with a tail) |" in text
+    assert "- `python dev.py bench --tails`" in page.render({**_data(), "points": [_point("fora", 0.5, [0.9] * 4)]})
+
+
+def test_expected_of_a_boundary_alone_is_never_better_than_of_all_together() -> None:
+    demo = loader.load_demo("sd3-mini")
+    options = argparse.Namespace(**{**ARCHITECTURES["sd3-mini"].sampling, "steps": 6, "batch": 1})
+    *alone, free = tails.measure(options, demo.name)
+    assert [row["boundary"] for row in alone] == [7, 11, 15, 16]
+    assert free["boundary"] is None
+    for row in alone:
+        for one, best in zip(row["expected_db"], free["expected_db"], strict=True):
+            assert one is None or best >= one - 1e-6
+    assert alone[0]["tail"][0] == 1
+    assert alone[-1]["tail"][0] == 0
+    assert "16 of 16 blocks" in tails.table([*alone, free])
 
 
 def test_prompts_are_of_the_test_split_half_easy_half_hard() -> None:
@@ -370,7 +380,7 @@ def test_a_small_benchmark_from_end_to_end_and_on_from_where_it_ended(tmp_path, 
     assert points["fora"]["cut"] < points["fora"]["cut_arithmetic"], "what stands beside the blocks runs"
     assert all(point["n"] == len(point["prompt_psnr"]) == 2 and point["ssim"] < 1 for point in points.values())
     assert all(set(page.KEY) <= set(point) and point["command"].startswith("python dev.py bench") for point in points.values())
-    assert "fora" in page.render(data, {})
+    assert "fora" in page.render(data)
     capsys.readouterr()
     assert program.main(arguments) == 0
     assert "fora" not in capsys.readouterr().out  # nothing is left to measure
@@ -425,19 +435,19 @@ def test_page_says_what_looking_at_the_picture_brings() -> None:
         "environment": {"device": "a CPU"}, "rows": [_adaptive_row()], "training": {
             "pictures": 75, "held_out": 25, "reward": "ssim", "rollouts": 300.0, "calls": 9000.0, "minutes": 12.5,
             "command": "train"}}
-    text = page.render(_data() | {"adaptive": {"some": found}}, {})
+    text = page.render(_data() | {"adaptive": {"some": found}})
     assert "64 test captions, half of them hard, seed 0" in text
     assert "Trained on 75 pictures, 25 more held out, reward ssim: 300 rollouts" in text
     assert "Deciding takes 4.0 ms of a full run's 2000 (0.20%)" in text
     assert ("| 4 | 60.0% | 66.0% / 54.0% | +10.0% to +14.0% | 3 | 0.9910 | 0.9840 | +0.0070 (+0.0020 to +0.0120) | 0.9880 | "
             "+0.0030 (-0.0010 to +0.0070) | 0.9700 | 0.9400 | +0.0300 (+0.0100 to +0.0500) |") in text
     assert "than static better at 1, worse at 0; in the worst tenth better at 1, worse at 0; than one for all" in text
-    assert "look at the picture" not in page.render(_data(), {})
+    assert "look at the picture" not in page.render(_data())
 
 
 def test_adaptive_policies_choose_from_the_schedules_that_are_shipped_beside_them() -> None:
-    for name, base in page.policies().items():
-        own = policy.load(page.POLICIES / f"{name}-ada.safetensors")
+    for name in ARCHITECTURES:
+        base, own = (policy.load(POLICIES / f"{name}{kind}.safetensors") for kind in ("", "-ada"))
         assert own.entry in base.entries, f"{name} was calibrated anew, its adaptive policy is of the old schedules"
 
 
@@ -449,12 +459,12 @@ def test_page_says_what_the_parts_of_the_training_are_worth() -> None:
         "model": "some", "steps": 30, "sampler": "euler", "n": 48, "split": "test", "seed": 0, "pictures": 96, "seeds": 3,
         "command": "python dev.py bench --ablation", "rows": [row, other], "sharing": [{
             "start": 0.4, "rollouts": 21, "shared_calls": 400, "alone_calls": 600, "apart": 2e-7}]}
-    text = page.render(_data() | {"ablation": {"some": found}}, {})
+    text = page.render(_data() | {"ablation": {"some": found}})
     assert "48 test captions, seed 0; 96 pictures to train on, a quarter of them held out, 3 seeds" in text
     assert "| as shipped | all | 0.9500 | 60.0% | 0.9900 | - |" in text
     assert "| rho | 0.4 | 0.9400 | 60.0% | 0.9900 | -0.0100 (-0.0200 to -0.0050) |" in text
     assert "changes outcomes by 2e-07 at most. Of one batch, all options, in calls of the model: rho = 0.4: 400" in text
-    assert "parts of their training" not in page.render(_data(), {})
+    assert "parts of their training" not in page.render(_data())
 
 
 def test_ablation_trains_on_outcomes_that_were_sampled_once(monkeypatch, tmp_path, caplog) -> None:
