@@ -178,12 +178,7 @@ class Effective:
     @property
     def boundary_label(self) -> str:
         """For example `21 of 28 blocks`: how much of the model a reuse step skips."""
-        return "the whole model" if self.whole else f"{self.boundary + 1} of {self.depth} blocks"
-
-    @property
-    def whole(self) -> bool:
-        """Whether reuse steps may skip the whole model."""
-        return self.boundary == self.depth
+        return "the whole model" if self.boundary == self.depth else f"{self.boundary + 1} of {self.depth} blocks"
 
 
 def resolve(config: Config, defaults: Defaults, depth: int) -> Effective:

@@ -28,7 +28,7 @@ class Forecast:
     """A way to predict the boundary feature of a reuse step.
 
     Attributes:
-        anchored: Whether residuals are stored, and added to the current input of block 0.
+        anchored: Whether residuals are stored, and added to the current input of block 0. Slopes never are.
         order: Highest order of the extrapolation along sigma; costs one stored tensor each.
         damping: Factor 0..1 on the extrapolated part; 1 is the plain expansion.
         fitted: Weights that a calibration found, newest first, each with how many steps before the feature was stored. They

@@ -82,6 +82,11 @@ class ModelState:
         self.tapped = self.taps(*self.schedule.boundaries)
 
     @property
+    def depth(self) -> int:
+        """Number of blocks; as a boundary, the whole model."""
+        return len(self.blocks)
+
+    @property
     def active(self) -> bool:
         """Whether the plan holds any reuse step."""
         return bool(self.schedule.boundaries)

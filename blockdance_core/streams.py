@@ -76,8 +76,8 @@ class Entry:
         condition: What else it is valid under, such as the shapes of control residuals.
         sigma: Noise level at the evaluation.
         anchored: Whether `feature` is a residual against the input of block 0, or the boundary output itself.
-        feature: Components [rows, tokens, width].
-        whole: Whether `feature` is the slope that the whole model gives, [rows, C, ...], rather than the output of a block.
+        feature: Components [rows, tokens, width]; of the whole model its one slope [rows, C, ...].
+        whole: Whether `feature` is the slope that the whole model gives, rather than the output of a block.
     """
 
     step: int
@@ -125,7 +125,7 @@ class FeatureCache:
     def store(
         self, key: StreamKey, boundary: int, entry: Entry, output: Feature, base: Feature | None
     ) -> str | None:
-        """Store the output of the boundary block for one stream, or its residual against `base`.
+        """Store the output of the boundary block for one stream, or its residual against `base`; or a slope.
 
         Args:
             key: The stream.
@@ -182,7 +182,7 @@ class FeatureCache:
             since: A stream whose last feature is of an earlier step has no forecast.
 
         Returns:
-            New tensors [rows, tokens, width], or why there is no forecast.
+            New tensors [rows, tokens, width], of a slope [rows, C, ...]; or why there is no forecast.
         """
         chunks = []
         for key in keys:
@@ -214,15 +214,17 @@ class FeatureCache:
     ) -> list[tuple[float, Entry]]:
         """The terms for a conditional stream: those of its unconditional one, and of the difference between the two.
 
-        Where there is not exactly one unconditional stream that was stored at the same steps, they stay as they are.
+        Where there is not exactly one unconditional stream that was stored at the same steps, or a guider sets more than two
+        kinds against each other, they stay as they are.
         """
         if not isinstance(key, CallKey) or key.kind != POSITIVE:
             return terms
-        others = [
-            history for (other, at), history in self._entries.items()
-            if at == boundary and isinstance(other, CallKey) and other.kind == NEGATIVE and other.set_against == key.set_against
+        beside = [
+            (other.kind, history) for (other, at), history in self._entries.items()
+            if at == boundary and isinstance(other, CallKey) and other.set_against == key.set_against
         ]
-        if len(others) != 1:
+        others = [history for kind, history in beside if kind == NEGATIVE]
+        if len(others) != 1 or any(kind not in (POSITIVE, NEGATIVE) for kind, _ in beside):
             return terms
         pairs = list(zip(terms, others[0], guided, strict=False))
         if len(pairs) < len(terms) or any(

@@ -29,6 +29,7 @@ class CallInfo(NamedTuple):
         replaced: The host's `patches_replace` keys in force.
         condition: What else must not change between storing and reusing, such as the shapes of control residuals.
         room: How many bytes may still be stored on that device; asked once, and again after a change of size.
+        wrapped: Whether something stands around the network that may answer in its place, as another cache does.
     """
 
     streams: tuple[Hashable, ...]
@@ -37,6 +38,7 @@ class CallInfo(NamedTuple):
     replaced: frozenset[object]
     condition: Hashable
     room: Callable[[], float]
+    wrapped: bool = False
 
 
 class Moment(NamedTuple):
@@ -78,6 +80,7 @@ class Visit:
         observe: Blocks whose output must be seen if the call computes.
         boundary: Last block to skip if the call reuses some; None if it runs all of them, or none.
         bypass: Whether the call is to reuse what the whole model gave.
+        intercepts: Whether anything is to be seen or changed between the blocks; else nothing touches them.
         passes: How often the call ran the model: once, unless another node makes it run again.
         reused_passes: How many passes a feature was injected into.
         stored: Whether a feature was stored.
@@ -111,7 +114,7 @@ class Visit:
             self.warnings += state.place(info)
             if state.guard is not None:
                 state.guard.kept = state.cache.keep
-        record, boundary, whole = state.taps(*plan.record), None, len(state.blocks)
+        record, boundary = state.taps(*plan.record), None
         if plan.decision == REUSE and plan.boundary is not None:
             record, boundary = state.taps(plan.boundary), plan.boundary  # a compute forced inside a group stores
             if state.guard is not None and not state.guard.allows(plan.boundary, moment.step, state.orders(plan)):
@@ -125,10 +128,11 @@ class Visit:
         if unknown and record:
             self.fallbacks.append(unknown)
             record, boundary = (), None
-        self._slope_kept = whole in record
-        self.bypass = boundary == whole
-        record, boundary = tuple(index for index in record if index != whole), None if self.bypass else boundary
-        tapped = tuple(index for index in state.tapped if index != whole)
+        self._slope_kept = state.depth in record
+        self._slope_measured = self.probing and state.depth in state.tapped and not unknown
+        self.bypass = boundary == state.depth
+        record, boundary = tuple(index for index in record if index != state.depth), None if self.bypass else boundary
+        tapped = tuple(index for index in state.tapped if index != state.depth)
         obstacle = unknown or self._obstacle(tapped)
         if obstacle and record:
             self.fallbacks.append(obstacle)
@@ -138,11 +142,7 @@ class Visit:
         self._now = self._planned = _Pass(record, boundary, obstacle, flow)
         probed = range(len(state.blocks)) if flow else tapped
         self.observe = {*record, *(probed if self.probing else ())}
-
-    @property
-    def intercepts(self) -> bool:
-        """Whether anything is to be seen or changed between the blocks; else nothing touches them."""
-        return self.boundary is not None or bool(self.observe)
+        self.intercepts = boundary is not None or bool(self.observe) or (self._slope_kept and info.wrapped)
 
     def denoised(self, latent: Tensor, sigmas: Tensor, run: Callable[[], Tensor]) -> Tensor:
         """The model's estimate of the clean latent: a forecast, if this call is to reuse the whole model and there is one.
@@ -152,22 +152,27 @@ class Visit:
             sigmas: Its noise levels, [B].
             run: Calls the model, and gives its estimate [B, C, ...].
         """
-        if self.probing and len(self.state.blocks) in self.state.tapped:
+        if self._slope_measured:
             self.state.predicted_bytes += 4 * latent.numel() * self.state.cache.keep
-        if not self._slope_kept or not self.moment.sigma > 0:  # without noise there is no slope
+        if self._slope_kept and not self.moment.sigma > 0:
+            self.fallbacks += ["without noise the latent has no slope"] if self.bypass else []
+            return run()
+        if not self._slope_kept:
             return run()
         level = sigmas.reshape(-1, *[1] * (latent.ndim - 1)).float()
         rows = latent.shape[0] // len(self.streams)
         keys = tuple(CallKey(stream, 1, rows, signature((latent,))) for stream in self.streams)
         if self.bypass:
-            predicted = self._forecast(keys, len(self.state.blocks), None)
+            predicted = self._forecast(keys, self.state.depth, None)
             if not isinstance(predicted, str):
                 assert predicted[0] is not None
                 self.passes = self.reused_passes = 1
-                self.skipped = len(self.state.blocks)
-                return latent.float().sub(level * predicted[0])
+                self.skipped = self.state.depth
+                return predicted[0].mul_(-level).add_(latent)  # in place: it is ours, and needs no further memory
             self.fallbacks.append(predicted)
         estimate = run()
+        if self.intercepts and not self.passes:  # something else answered: `finish` says so
+            return estimate
         try:
             slope = latent.float().sub(estimate).div_(level)
         except RuntimeError as error:
@@ -175,14 +180,16 @@ class Visit:
                 raise
             self.fallbacks.append(NO_MEMORY)
             return estimate
-        self._store(keys, len(self.state.blocks), (slope,), None)
+        self._store(keys, self.state.depth, (slope,), None)
         return estimate
 
     def at_input(self, feature: Feature | None, obstacle: str | None) -> Mapping[int, Feature] | None:
         """The forecasts if this pass reuses; else keeps what storing will need, and None."""
-        if self.passes and self._now.flow and not self._now.flow.complete(len(self.state.blocks)):
+        if self.passes and self._now.flow and not self._now.flow.complete(self.state.depth):
             self._break("a block runs more than once in a row")
         self.passes += 1
+        if self.boundary is None and not self.observe:  # the blocks are watched for whether they run, and no more
+            return None
         now = self._now = dataclasses.replace(self._planned, flow=FlowCheck() if self._planned.flow else None)
         if feature is None or any(part is not None and part.shape[0] != self.info.rows for part in feature):
             self._break("its blocks do not take one row per sample")
@@ -269,13 +276,13 @@ class Visit:
         """The call went through."""
         if self.intercepts and not self.passes and self.state.blocks[0].hook_key not in self.info.replaced:
             self.fallbacks.append("the blocks did not run: something else answered the call")
-            self.skipped = len(self.state.blocks)
+            self.skipped = self.state.depth
         if self.probing and not self.state.predicted_bytes:
             self.state.first_evaluation = None  # nothing to measure yet: the next evaluation is the first
 
     def _store(self, keys: tuple[StreamKey, ...], index: int, output: Feature, base: Feature | None) -> None:
         """Store what a tap gave: the output of a block, beside the input it is to be anchored to, or the slope."""
-        whole = index == len(self.state.blocks)
+        whole = index == self.state.depth
         rows = next(part.shape[0] for part in output if part is not None) // len(keys)
         for number, key in enumerate(keys):
             def chunk(feature: Feature, start: int = number * rows) -> Feature:
@@ -296,7 +303,7 @@ class Visit:
         guard = self.state.guard
         if guard is None or index not in self.state.schedule.boundaries:
             return
-        if base is None and index != len(self.state.blocks):
+        if base is None and index != self.state.depth:
             self.warnings.append("the forecasts of this model cannot be watched: with a quality everything is computed")
             return
         try:
@@ -320,7 +327,7 @@ class Visit:
         if self.state.broken:
             return f"the model cannot be accelerated: {self.state.broken}"
         needed = tapped if self.plan.boundary is None else self.state.taps(self.plan.boundary)
-        for index in (0, *(index for index in needed if index < len(self.state.blocks))):
+        for index in (0, *(index for index in needed if index < self.state.depth)):
             if self.state.blocks[index].hook_key in self.info.replaced:
                 return f"another node replaces block {index}"
         return None

@@ -47,7 +47,7 @@ class BlockDanceProfile(io.ComfyNode):
                     "Share of the noise schedule that is run.")),
                 io.String.Input("boundaries", default="", tooltip=(
                     "Last blocks that reuse may skip up to, with commas between: indices from 0, or shares such as 0.75. "
-                    "Empty: the whole model. Each takes as long again.")),
+                    "The number of blocks, or empty: the whole model. Each takes as long again.")),
                 ProfileType.Input("profile", optional=True, tooltip="Of the prompts before: another BlockDance Profile."),
             ],
             outputs=[

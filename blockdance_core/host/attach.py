@@ -145,14 +145,14 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
     if isinstance(policy, AdaptivePolicy):
         text = identity.text(getattr(guider, "conds", {}), shapes[0][0])
         policy.require(shapes[0][1] if len(shapes) == 1 else 1, None if text is None else text.shape[2])
-    accepted = accepted_errors(model_sampling, sigmas, handle.effective.whole) if handle.config.guarded else []
+    plan = planned(handle.config, handle.effective, levels, sampler)
+    accepted = accepted_errors(model_sampling, sigmas, handle.depth in plan.boundaries) if handle.config.guarded else []
     together = _undivided(guider.model_options.get("transformer_options", {}))
     session = Session(handle.config, sigmas, levels, tell, sampler, accepted, text, together)
     other = getattr(guider, "uncond_model_patcher", None)  # the host's DualModelGuider runs both within one run
     second = None if other is None else handle_of(other)
     if second is not None and second.config != handle.config:
         session.warn("the settings of the negative model are not used: those of the other one hold for both")
-    plan = planned(handle.config, handle.effective, levels, sampler)
     session.announced_bytes = _announced_bytes(handle, guider.model_patcher, shapes, plan)
     before = guider.model_options
     guider.model_options = create_model_options_clone(before)
@@ -283,6 +283,7 @@ def _apply_model(
                 identity.active_patches(options, session.sigma),
             ),
             room=lambda: _room(model, x),
+            wrapped=bool(get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)),
         )
 
     def run(part: int | None, x: Any, t: Any, c_concat: Any, c_crossattn: Any, control: Any, kwargs: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 from collections import defaultdict
@@ -164,7 +165,8 @@ class _Recorder:
         if self._first.setdefault(self.step, session.evaluations) != session.evaluations:
             return executor(*args, **kwargs)
         latent, sigmas = args[:2]
-        with intercept(self.blocks, self, observe=[one for one in self.boundaries if one < len(self.blocks)]):
+        watched = [boundary for boundary in self.boundaries if boundary < len(self.blocks)]
+        with intercept(self.blocks, self, observe=watched) if watched else contextlib.nullcontext():
             estimate = executor(*args, **kwargs)
         slope = (latent - estimate) / sigmas.reshape(-1, *[1] * (latent.ndim - 1))
         self._take(len(self.blocks), [[sample(one, _SAMPLES).float().cpu()] for one in slope.chunk(len(self._kinds))])

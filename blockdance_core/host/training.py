@@ -138,7 +138,8 @@ def _segments(entry: Calibrated, start: int, design: Design, base: SchedulePolic
         raise ConfigError(f"choices = {design.choices!r} is not valid: expected one of {', '.join(CHOICES)}.")
     boundaries = design.boundaries or (() if base.boundary is None else (base.boundary,))
     if any(not 0 <= boundary <= base.depth for boundary in boundaries):
-        raise ConfigError(f"boundaries {list(boundaries)} must be 0 to {base.depth - 1}: this model has {base.depth} blocks.")
+        raise ConfigError(f"boundaries {list(boundaries)} must be 0 to {base.depth - 1}, or {base.depth} for the "
+                          f"whole model: it has {base.depth} blocks.")
     return every_step(entry.steps, start, (None, *(Reuse(boundary, FORECASTS[design.forecast]) for boundary in boundaries)))
 
 

@@ -278,7 +278,8 @@ def require_rows(plans: Iterable[Plan], of: str = "") -> None:
         ages = [age for age, _ in row.forecast.fitted]
         require(len(ages) <= MOST_FEATURES and all(age > 0 for age in ages) and ages == sorted(set(ages)),
                 f"{of}ages {ages} of fitted weights must ascend from 1, {MOST_FEATURES} at most")
-        require(len(row.forecast.guided) in (0, len(ages)), f"{of}weights of the guidance without such of the features")
+        guided = len(row.forecast.guided)
+        require(guided in (0, len(ages)), f"{of}{guided} weights of the guidance for {len(ages)} features")
         weights = [*(weight for _, weight in row.forecast.fitted), *row.forecast.guided]
         require(all(abs(weight) <= LARGEST_WEIGHT for weight in weights),
                 f"{of}fitted weights {weights} must be -{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}")

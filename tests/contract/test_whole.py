@@ -10,7 +10,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from harness import STEPS, accelerate, assert_close, distance, every_family, last_run, model_of, reused_steps
-from tiny import CASES, Case, count_calls, fake_control, sample, split_calls
+from tiny import CASES, Case, count_calls, fake_control, sample, sample_custom, split_calls
 from torch import Tensor
 
 from blockdance_core.forecast import FORECASTS, Forecast
@@ -118,6 +118,38 @@ def test_without_guidance_the_weights_of_the_stream_hold() -> None:
     assert torch.equal(*pair)
 
 
+def test_three_conditionings_are_forecast_each_by_itself() -> None:
+    """DualCFGGuider's first is the negative one, not the positive."""
+    case = CASES["sd3"]
+    single = Forecast(True, 1, fitted=tuple(BASE.items()))
+    pair = [sample_custom(whole(model_of(case), case, one), case, steps=STEPS, guider="dual_cfg") for one in (fitted(), single)]
+    assert torch.equal(*pair)
+
+
+def test_without_noise_the_step_is_computed_and_counted() -> None:
+    case = CASES["sd3"]
+    accelerated = whole(model_of(case), case)
+    sigmas = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0])
+    sample_custom(accelerated, case, steps=STEPS, sigmas=sigmas)  # the host's Euler divides by them
+    run = last_run(accelerated)
+    assert 3 in reused_steps(run)
+    assert 9 not in reused_steps(run)
+    assert "without noise the latent has no slope" in run["fallbacks"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m"])
+def test_a_batch_gives_each_row_what_it_gets_alone(sampler: str, device: str) -> None:
+    case = CASES["wan_t2v"]
+    accelerated = accelerate(model_of(case), policy=Fixed(plan_of(case, fitted())), cache_device=device)
+    latents, conds = case.latent(2), case.conds(accelerated)
+    together, *alone = (
+        sample(accelerated, case, steps=STEPS, sampler=sampler, latent=rows, conds=conds, disable_noise=True)
+        for rows in (latents, latents[:1], latents[1:]))
+    assert_close(together, torch.cat(alone), 1e-3)
+    assert reused_steps(last_run(accelerated)) == list(REUSED)
+
+
 @every_family
 def test_batched_and_split_conditionings_agree(case: Case) -> None:
     accelerated = whole(model_of(case), case)
@@ -134,15 +166,15 @@ def test_the_blocks_are_not_touched(case: Case) -> None:
     before = [dict(block.__dict__) for block in blocks]
     seen: list[bool] = []
 
-    def look(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    def look(*_: Any) -> None:
         seen.append(all(block.__dict__.keys() == known.keys() for block, known in zip(blocks, before, strict=True)))
-        return executor(*args, **kwargs)
 
-    accelerated = whole(model, case)
-    accelerated.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", look)
-    accelerated.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", look)
-    sample(accelerated, case, steps=STEPS)
-    assert seen
+    handle = model.model.diffusion_model.register_forward_pre_hook(look)
+    try:
+        sample(whole(model, case), case, steps=STEPS)
+    finally:
+        handle.remove()
+    assert len(seen) == case.calls() * (STEPS - len(REUSED))
     assert all(seen)
 
 

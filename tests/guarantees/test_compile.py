@@ -22,6 +22,8 @@ from harness import STEPS, accelerate, assert_close, last_run, model_of, reused_
 from tiny import CASES, Case, sample
 
 from blockdance_core.config import QUALITIES
+from blockdance_core.host import profiling
+from blockdance_core.host.rollout import Prompt, Rollouts
 from blockdance_core.interception import FullGraphError
 
 sd3, flux = CASES["sd3"], CASES["flux"]
@@ -151,3 +153,11 @@ def test_one_graph_of_the_whole_model_is_skipped_as_a_whole(order: str, monkeypa
     assert_close(expected, sample(accelerated, sd3, steps=STEPS))
     assert reused_steps(last_run(accelerated)) == list(range(2, STEPS))
     assert graphs() == 1
+
+
+def test_one_graph_of_the_whole_model_is_profiled() -> None:
+    positive, negative = sd3.conds(model_of(sd3))
+    prompt = Prompt(positive, negative, sd3.latent(1), 0, 4, 3.0, "euler", "simple")
+    expected, found = (
+        profiling.gram(Rollouts(model, prompt), [sd3.depth]) for model in (model_of(sd3), compiled(model_of(sd3), fullgraph=True)))
+    assert found == pytest.approx(expected, rel=1e-3)
