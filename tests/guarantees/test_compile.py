@@ -158,6 +158,6 @@ def test_one_graph_of_the_whole_model_is_skipped_as_a_whole(order: str, monkeypa
 def test_one_graph_of_the_whole_model_is_profiled() -> None:
     positive, negative = sd3.conds(model_of(sd3))
     prompt = Prompt(positive, negative, sd3.latent(1), 0, 4, 3.0, "euler", "simple")
-    expected, found = (
-        profiling.gram(Rollouts(model, prompt), [sd3.depth]) for model in (model_of(sd3), compiled(model_of(sd3), fullgraph=True)))
+    models = model_of(sd3), compiled(model_of(sd3), fullgraph=True)
+    expected, found = (profiling.gram(Rollouts(model, prompt), [sd3.depth]) for model in models)
     assert found == pytest.approx(expected, rel=1e-3)
