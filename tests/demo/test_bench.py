@@ -21,7 +21,6 @@ from demo import loader
 from demo.architectures import ARCHITECTURES
 from demo.bench import __main__ as program
 from demo.bench import ablation, adaptive, figures, latency, methods, page, real_size, rivals, runner, tails
-from demo.options import POLICIES
 
 
 def _letters(plan) -> str:
@@ -73,7 +72,6 @@ def test_patterns_choose_methods_and_single_settings() -> None:
 
 
 def test_calibrated_takes_every_level_of_this_sampler_and_step_count(monkeypatch, tmp_path) -> None:
-    from blockdance_core import policy
 
     (tmp_path / "some.safetensors").touch()
     monkeypatch.setattr(methods, "POLICIES", tmp_path)
@@ -443,12 +441,6 @@ def test_page_says_what_looking_at_the_picture_brings() -> None:
             "+0.0030 (-0.0010 to +0.0070) | 0.9700 | 0.9400 | +0.0300 (+0.0100 to +0.0500) |") in text
     assert "than static better at 1, worse at 0; in the worst tenth better at 1, worse at 0; than one for all" in text
     assert "look at the picture" not in page.render(_data())
-
-
-def test_adaptive_policies_choose_from_the_schedules_that_are_shipped_beside_them() -> None:
-    for name in ARCHITECTURES:
-        base, own = (policy.load(POLICIES / f"{name}{kind}.safetensors") for kind in ("", "-ada"))
-        assert own.entry in base.entries, f"{name} was calibrated anew, its adaptive policy is of the old schedules"
 
 
 def test_page_says_what_the_parts_of_the_training_are_worth() -> None:
