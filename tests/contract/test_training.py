@@ -573,7 +573,7 @@ def _base(**changes: Any) -> SchedulePolicy:
     (lambda: {"base": dataclasses.replace(_base(), depth=9)}, "with 9 blocks"),
     (lambda: {"design": Design(start=0.9)}, "start = 0.9 leaves no step to decide"),
     (lambda: {"design": Design(start=1.5)}, "start = 1.5 leaves no step to decide"),
-    (lambda: {"design": Design(choices="steps", boundaries=(8,))}, r"boundaries \[8\] must be 0 to 7: this model has 8 blocks"),
+    (lambda: {"design": Design(choices="steps", boundaries=(9,))}, r"boundaries \[9\] must be 0 to 7, or 8 for the whole"),
     (lambda: {"design": Design(choices="steps", boundaries=(-1, 3))}, r"boundaries \[-1, 3\] must be 0 to 7"),
     (lambda: {"design": Design(choices="both")}, "choices = 'both' is not valid: expected one of schedules, steps"),
     (lambda: {"design": Design(width=30)}, "multiple of its 4 heads"),
