@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -13,6 +14,7 @@ from harness import STEPS, accelerate, assert_close, distance, every_family, las
 from tiny import CASES, Case, count_calls, fake_control, sample, sample_custom, split_calls
 from torch import Tensor
 
+from blockdance_core.config import QUALITIES
 from blockdance_core.forecast import FORECASTS, Forecast
 from blockdance_core.policy import Fixed
 from blockdance_core.schedule import Plan, Reuse
@@ -232,3 +234,18 @@ def test_another_control_computes_the_step() -> None:
     run = last_run(accelerated)
     assert len(run["fallbacks"]) == 1
     assert len(reused_steps(run)) == len(REUSED) - 1
+
+
+def test_a_quality_turns_planned_reuse_into_compute_and_what_it_computes_serves_the_next_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = CASES["sd3"]
+    found = []
+    for tolerance in (0.0, math.inf):
+        monkeypatch.setitem(QUALITIES, "draft", tolerance)
+        accelerated = accelerate(model_of(case), policy=Fixed(plan_of(case, FORECASTS["delta"])), quality="draft")
+        assert torch.isfinite(sample(accelerated, case, steps=STEPS)).all()
+        run = last_run(accelerated)
+        assert run["warnings"] == []
+        found.append(reused_steps(run))
+    assert found == [[], list(REUSED)]
