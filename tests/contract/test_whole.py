@@ -248,4 +248,4 @@ def test_a_quality_turns_planned_reuse_into_compute_and_what_it_computes_serves_
         run = last_run(accelerated)
         assert run["warnings"] == []
         found.append(reused_steps(run))
-    assert found == [[], list(REUSED)]
+    assert found == [[], [5, 6, 9]], "at step 3 one step alone is stored: no error is known"
