@@ -63,7 +63,7 @@ def _expected(profile: Any, variance: float, depth: int) -> dict[str, list[float
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """As a Markdown table."""
+    """As a Markdown table, and the answer in words."""
     lines = [f"| Model | Reuse steps skip | Their time | {' | '.join(f'{cut:.0%}' for cut in CUTS)} |",
              "|" + "---|" * (3 + len(CUTS))]
     for row in rows:
@@ -75,4 +75,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         )
         time = "" if row["cost"] is None else f"{row['cost']:.1%}"
         lines.append(f"| {row['model']}, {row['steps']} steps | {what} | {time} | {' | '.join(values)} |")
-    return "\n".join(lines)
+    answers = []
+    for row in rows:
+        if row["boundary"] is None:
+            paying = [f"{cut:.0%}" for cut, share in zip(CUTS, row["tail"], strict=True) if share]
+            at = f"at cuts of {', '.join(paying)}" if paying else "at none of these cuts"
+            answers.append(f"on {row['model']} at {row['steps']} steps a tail of live blocks pays {at}")
+    return "\n".join([*lines, "", f"In short: {'; '.join(answers)}."])

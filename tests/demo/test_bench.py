@@ -307,6 +307,10 @@ def test_page_says_what_is_expected_of_every_boundary() -> None:
     assert "| some, 7 steps | 2 of 4 blocks | 50.0% | 40.0 dB | 30.0 dB | 20.0 dB | 10.0 dB | - | - |" in text
     assert "| some, 7 steps | the whole model | 0.0% | 40.0 dB |" in text
     assert "| some, 7 steps | whatever is best |  | 40.0 dB (25% with a tail) |" in text
+    assert "In short: on some at 7 steps a tail of live blocks pays at cuts of 20%, 30%, 40%, 50%." in text
+    rows[-1]["tail"] = [0.0] * 4 + [None] * 2
+    text = page.render(_data() | {"tails": {"rows": rows}})
+    assert "on some at 7 steps a tail of live blocks pays at none of these cuts." in text
     assert "- `python dev.py bench --tails`" in page.render({**_data(), "points": [_point("fora", 0.5, [0.9] * 4)]})
 
 
