@@ -344,7 +344,7 @@ def test_drifting_windows_do_not_pile_up_under_a_quality_and_the_report_says_why
         sample(model, case, steps=24, latent=latent)
         runs.append(last_run(model))
     plain, guarded = runs
-    assert guarded["cached_bytes"] < plain["cached_bytes"] < 3 * guarded["predicted_bytes"]
+    assert guarded["cached_bytes"] < 2 * guarded["predicted_bytes"], "windows that are gone pile up"
     assert plain["reused_calls"] > 0 == guarded["reused_calls"]
     assert not plain["warnings"]
     assert [text for text in guarded["warnings"] if "conditionings or context windows come and go" in text]
