@@ -124,7 +124,7 @@ def test_options_reach_design_and_settings() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--boundaries", "28"], "boundaries holds '28'"), (["--rate", "2"], "rate = 2.0"), (["--held-out", "1"], "held_out"),
+    (["--boundaries", "29"], "boundaries holds '29'"), (["--rate", "2"], "rate = 2.0"), (["--held-out", "1"], "held_out"),
     (["--epochs", "0"], "epochs"), (["--group", "1"], "group of one"),
 ])
 def test_values_out_of_range_are_refused(arguments: list[str], message: str) -> None:
