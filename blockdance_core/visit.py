@@ -80,7 +80,8 @@ class Visit:
         observe: Blocks whose output must be seen if the call computes.
         boundary: Last block to skip if the call reuses some; None if it runs all of them, or none.
         bypass: Whether the call is to reuse what the whole model gave.
-        intercepts: Whether anything is to be seen or changed between the blocks; else nothing touches them.
+        intercepts: Whether the blocks are watched: where the plan stops at some of them, or something may answer in place of
+            the network. Else nothing touches them.
         passes: How often the call ran the model: once, unless another node makes it run again.
         reused_passes: How many passes a feature was injected into.
         stored: Whether a feature was stored.
@@ -124,7 +125,8 @@ class Visit:
                 if state.guard.lost:
                     self.warnings.append("with a quality nothing is reused while conditionings or context windows come and go: "
                                          "of what is new there is no forecast to judge; without a quality it may be")
-        unknown = self._unknown()
+        told = bool(self.streams) and not self.info.rows % len(self.streams)
+        unknown = None if told else "the host did not say which conditionings this call holds"
         if unknown and record:
             self.fallbacks.append(unknown)
             record, boundary = (), None
@@ -132,8 +134,8 @@ class Visit:
         self._slope_measured = self.probing and state.depth in state.tapped and not unknown
         self.bypass = boundary == state.depth
         record, boundary = tuple(index for index in record if index != state.depth), None if self.bypass else boundary
-        tapped = tuple(index for index in state.tapped if index != state.depth)
-        obstacle = unknown or self._obstacle(tapped)
+        self._tapped = tapped = tuple(index for index in state.tapped if index != state.depth)
+        obstacle = unknown or self._obstacle()
         if obstacle and record:
             self.fallbacks.append(obstacle)
             record, boundary = (), None
@@ -142,7 +144,7 @@ class Visit:
         self._now = self._planned = _Pass(record, boundary, obstacle, flow)
         probed = range(len(state.blocks)) if flow else tapped
         self.observe = {*record, *(probed if self.probing else ())}
-        self.intercepts = boundary is not None or bool(self.observe) or (self._slope_kept and info.wrapped)
+        self.intercepts = bool(tapped) or info.wrapped
 
     def denoised(self, latent: Tensor, sigmas: Tensor, run: Callable[[], Tensor]) -> Tensor:
         """The model's estimate of the clean latent: a forecast, if this call is to reuse the whole model and there is one.
@@ -171,7 +173,7 @@ class Visit:
                 return predicted[0].mul_(-level).add_(latent)  # in place: it is ours, and needs no further memory
             self.fallbacks.append(predicted)
         estimate = run()
-        if self.intercepts and not self.passes:  # something else answered: `finish` says so
+        if self._answered_elsewhere:
             return estimate
         try:
             slope = latent.float().sub(estimate).div_(level)
@@ -188,7 +190,7 @@ class Visit:
         if self.passes and self._now.flow and not self._now.flow.complete(self.state.depth):
             self._break("a block runs more than once in a row")
         self.passes += 1
-        if self.boundary is None and not self.observe:  # the blocks are watched for whether they run, and no more
+        if not self._tapped:  # the blocks are watched for whether they run, and no more
             return None
         now = self._now = dataclasses.replace(self._planned, flow=FlowCheck() if self._planned.flow else None)
         if feature is None or any(part is not None and part.shape[0] != self.info.rows for part in feature):
@@ -272,9 +274,14 @@ class Visit:
         """Whether a feature was injected in every pass."""
         return 0 < self.passes == self.reused_passes
 
+    @property
+    def _answered_elsewhere(self) -> bool:
+        """Whether the call went through without the blocks, as far as that can be seen."""
+        return self.intercepts and not self.passes and self.state.blocks[0].hook_key not in self.info.replaced
+
     def finish(self) -> None:
         """The call went through."""
-        if self.intercepts and not self.passes and self.state.blocks[0].hook_key not in self.info.replaced:
+        if self._answered_elsewhere:
             self.fallbacks.append("the blocks did not run: something else answered the call")
             self.skipped = self.state.depth
         if self.probing and not self.state.predicted_bytes:
@@ -318,15 +325,10 @@ class Visit:
         layout = self.state.blocks[index].to_boundary_layout
         return layout(feature) if layout is not None and self.state.cache.anchored else None
 
-    def _unknown(self) -> str | None:
-        if not self.streams or self.info.rows % len(self.streams):
-            return "the host did not say which conditionings this call holds"
-        return None
-
-    def _obstacle(self, tapped: tuple[int, ...]) -> str | None:
+    def _obstacle(self) -> str | None:
         if self.state.broken:
             return f"the model cannot be accelerated: {self.state.broken}"
-        needed = tapped if self.plan.boundary is None else self.state.taps(self.plan.boundary)
+        needed = self._tapped if self.plan.boundary is None else self.state.taps(self.plan.boundary)
         for index in (0, *(index for index in needed if index < self.state.depth)):
             if self.state.blocks[index].hook_key in self.info.replaced:
                 return f"another node replaces block {index}"
