@@ -116,7 +116,7 @@ def measure(options: argparse.Namespace, name: str, made: dict[str, str]) -> tup
 
     bench = runner.Runner(load_demo(name), options)
     about = {"inactive_share": bench.inactive_share(), "guard_share": bench.guard_share(), "block_shares": bench.shares}
-    case = methods.Case(name, bench.demo.model, options.steps, options.sampler)
+    case = methods.Case(bench.demo, options)
     finished = _finished(options.resume)
     here = {**vars(options), "model": name, "n": sum(map(len, bench.batches)), "threads": torch.get_num_threads()}
     points = []

@@ -31,7 +31,7 @@ def measure(options: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     for batch, steps, scale in sweep(options.batch, options.steps):
         own = {**vars(options), "batch": batch, "steps": steps, "scale": scale, "prompts": ROUNDS * batch}
         bench = runner.Runner(demo, argparse.Namespace(**own))
-        found = methods.settings(methods.Case(name, demo.model, steps, options.sampler), patterns)
+        found = methods.settings(methods.Case(demo, bench.options), patterns)
         method, setting = next((method, settings[0]) for method, settings in found.items())
         bench.run(0)
         pairs = [(bench.run(number, setting), bench.run(number)) for number in range(ROUNDS)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import fnmatch
 import inspect
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,9 @@ INTERVALS = (2, 3, 4, 5, 6)
 HOST_THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 TEACACHE_THRESHOLDS = (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8, 1.4)
 FIRST_BLOCK_THRESHOLDS = (0.015, 0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5)
+MAGCACHE_THRESHOLDS = (0.06, 0.12, 0.24, 0.5, 1.0)
+MAGCACHE_SKIPS = (1, 2, 3, 5)
+_MAGCACHE_SEED = 9_000_000
 
 log = logging.getLogger(__name__)
 
@@ -29,23 +34,24 @@ class Case:
     """What a method is asked to speed up.
 
     Attributes:
-        name: Demo model.
-        model: Its MODEL.
-        steps: Steps of the full run.
-        sampler: Its sampler.
+        demo: Demo model.
+        options: ``steps`` of the full run, ``sampler``, ``scheduler`` and ``cfg``.
     """
 
-    name: str
-    model: Any
-    steps: int
-    sampler: str
+    demo: Any
+    options: argparse.Namespace
+
+    @property
+    def steps(self) -> int:
+        """Steps of the full run."""
+        return int(self.options.steps)
 
     @property
     def blocks(self) -> tuple[Any, ...]:
         """The model's blocks, as our engine sees them."""
         from blockdance_core import families
 
-        return families.find(self.model.get_model_object("diffusion_model")).blocks
+        return families.find(self.demo.model.get_model_object("diffusion_model")).blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +89,8 @@ def calibrated(case: Case) -> Iterator[Setting]:
     from blockdance_core import policy
     from blockdance_core.host.rollout import function_of
 
-    sampler = function_of(case.sampler)
-    path = POLICIES / f"{case.name}.safetensors"
+    sampler = function_of(case.options.sampler)
+    path = POLICIES / f"{case.demo.name}.safetensors"
     if not path.is_file():
         log.warning("ours-calibrated is left out: there is no %s", path)
         return
@@ -104,7 +110,7 @@ def guarded(case: Case) -> Iterator[Setting]:
 
 def _fewer(sampler: str | None) -> Method:
     def method(case: Case) -> Iterator[Setting]:
-        if sampler != case.sampler:
+        if sampler != case.options.sampler:
             for share in (*((1.0,) if sampler else ()), *SHARES):
                 yield Setting(f"share={share:g}", share=share, sampler=sampler)
 
@@ -167,6 +173,23 @@ def _plan(make: Callable[..., Any], intervals: Sequence[int] = INTERVALS, **more
     return method
 
 
+def magcache(case: Case) -> Iterator[Setting]:
+    """MagCache, its ratios measured in a full run of one caption of the train split; of equal plans the first setting."""
+    from blockdance_core.host.profiling import gram
+    from blockdance_core.host.rollout import Rollouts
+    from demo.bench.runner import batches
+
+    (prompt,), _ = batches(case.demo, case.options, "train", 1, 1, 0, _MAGCACHE_SEED)
+    last = len(case.blocks) - 1
+    ratios = rivals.magnitude_ratios(gram(Rollouts(case.demo.model, prompt), [last])[0], case.options.cfg)
+    seen = set()
+    for threshold, skips in itertools.product(MAGCACHE_THRESHOLDS, MAGCACHE_SKIPS):
+        plan = rivals.magcache(ratios, last + 1, threshold, skips)
+        if plan not in seen:
+            seen.add(plan)
+            yield Setting(f"E={threshold:g} K={skips}", planned(plan))
+
+
 def _indicated(thresholds: Sequence[float], first: bool) -> Method:
     def method(case: Case) -> Iterator[Setting]:
         for threshold in thresholds:
@@ -211,6 +234,7 @@ METHODS: dict[str, Method] = {
     "delta-dit": _plan(rivals.delta_dit),
     "taylorseer-1": _plan(rivals.taylorseer, order=1),
     "taylorseer-2": _plan(rivals.taylorseer, order=2),
+    "magcache": magcache,
     "firstblockcache": _indicated(FIRST_BLOCK_THRESHOLDS, first=True),
     "teacache": _indicated(TEACACHE_THRESHOLDS, first=False),
 }

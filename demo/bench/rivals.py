@@ -6,10 +6,11 @@ an unconditional half in one batch and decide once for both, as published packs 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +61,47 @@ def taylorseer(steps: int, depth: int, interval: int, order: int) -> Plan:
     sigma with divided differences, where the original counts steps.
     """
     return uniform(steps, interval, Reuse(depth - 1, Forecast(anchored=True, order=order)), first=order)
+
+
+def magcache(ratios: Sequence[float], depth: int, threshold: float, skips: int, retained: float = 0.2) -> Plan:
+    """MagCache (Ma et al., NeurIPS 2025, arXiv 2506.09045): reuse what the blocks added while its magnitude has hardly changed.
+
+    What a skip is off by is estimated as |1 - product of the ratios since the last computed step|, and added up; a step is
+    computed when the sum passes the threshold or `skips` steps were skipped in a row. The first `retained` share of the steps
+    is computed. The ratios are measured once for a model, so the decisions are the same for every prompt, and this is a plan.
+    The original decides for the two halves of guidance apart, each by its own ratios.
+
+    Args:
+        ratios: At each step, magnitude of what the blocks add by that of the step before.
+        depth: Number of blocks.
+        threshold: E of the publication.
+        skips: K of the publication.
+        retained: Share of the steps.
+    """
+    plan: list[Reuse | None] = []
+    product, total, skipped = 1.0, 0.0, 0
+    for k, ratio in enumerate(ratios):
+        computed = True
+        if k >= max(1, round(retained * len(ratios))):
+            product, skipped = product * ratio, skipped + 1
+            total += abs(1 - product)
+            computed = total > threshold or skipped > skips
+        if computed:
+            product, total, skipped = 1.0, 0.0, 0
+        plan.append(None if computed else Reuse(depth - 1, RESIDUAL))
+    return tuple(plan)
+
+
+def magnitude_ratios(gram: np.ndarray, cfg: float) -> list[float]:
+    """What `magcache` goes by, of the conditional half of a full run; the original takes the mean of every token's ratio.
+
+    Args:
+        gram: Inner products of what all blocks added, see `blockdance_core.calibration.Profile.grams`, [2, steps, 2, steps].
+        cfg: Guidance of the run.
+    """
+    parts = np.array([1, 1 / cfg])
+    magnitudes = np.sqrt(np.einsum("a,akbk,b->k", parts, gram, parts))
+    return [1.0, *(magnitudes[1:] / magnitudes[:-1]).tolist()]
 
 
 def change(now: Tensor, before: Tensor) -> float:

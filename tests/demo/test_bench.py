@@ -39,24 +39,36 @@ def _point(method: str, cut: float, ssim: list[float], **more) -> dict:
     }
 
 
+def _case(name: str, steps: int, sampler: str) -> methods.Case:
+    return methods.Case(SimpleNamespace(name=name), argparse.Namespace(steps=steps, sampler=sampler))
+
+
 @pytest.mark.parametrize(
     ("plan", "letters", "boundary", "anchored", "order"),
     [
         (rivals.fora(9, 16, 3), "crrcrrcrr", 15, True, 0),
         (rivals.deepcache(7, 16, 2), "crcrcr.", 14, False, 0),
         (rivals.delta_dit(9, 16, 2), "...crcrcr", 7, True, 0),
+        (rivals.magcache([1, 0.5, 0.9, 0.9, 0.9, 0.9, 1, 1, 1, 1], 16, 0.35, 3), ".crrcrrrcr", 15, True, 0),
         (rivals.taylorseer(9, 16, 2, order=1), ".crcrcrcr", 15, True, 1),
         (rivals.taylorseer(9, 16, 2, order=2), "..crcrcr.", 15, True, 2),
     ],
-    ids=["fora", "deepcache", "delta_dit", "taylorseer-1", "taylorseer-2"],
+    ids=["fora", "deepcache", "delta_dit", "magcache", "taylorseer-1", "taylorseer-2"],
 )
 def test_plan_reuses_at_the_stated_steps_and_depth(plan, letters, boundary, anchored, order) -> None:
     assert _letters(plan) == letters
     assert {(row.boundary, row.forecast.anchored, row.forecast.order) for row in plan if row} == {(boundary, anchored, order)}
 
 
+def test_magcache_takes_the_ratios_of_the_conditional_half() -> None:
+    negative, positive = np.array([[3.0, 4.0], [0.0, 2.0], [5.0, 0.0]]), np.array([[6.0, 8.0], [0.0, 5.0], [1.0, 0.0]])
+    parts = np.stack([negative, 4.5 * (positive - negative)])
+    gram = np.einsum("akv,blv->akbl", parts, parts)
+    assert rivals.magnitude_ratios(gram, 4.5) == pytest.approx([1, 0.5, 0.2])
+
+
 def test_fewer_steps_leave_out_the_base_sampler_and_begin_other_solvers_at_the_full_number() -> None:
-    found = methods.settings(methods.Case("sd3-mini", None, 30, "uni_pc"), ["fewer-steps*"])
+    found = methods.settings(_case("sd3-mini", 30, "uni_pc"), ["fewer-steps*"])
     assert set(found) == {"fewer-steps", "fewer-steps-dpmpp_2m", "fewer-steps-res_multistep"}
     assert [setting.share for setting in found["fewer-steps"]] == list(methods.SHARES)
     first = found["fewer-steps-dpmpp_2m"][0]
@@ -64,7 +76,7 @@ def test_fewer_steps_leave_out_the_base_sampler_and_begin_other_solvers_at_the_f
 
 
 def test_patterns_choose_methods_and_single_settings() -> None:
-    case = methods.Case("sd3-mini", None, 30, "euler")
+    case = _case("sd3-mini", 30, "euler")
     found = methods.settings(case, ["ours-auto N=3", "ours-paper"])
     assert {name: [one.name for one in of] for name, of in found.items()} == {
         "ours-paper": ["N=2", "N=3", "N=4"], "ours-auto": ["N=3"],
@@ -81,9 +93,9 @@ def test_calibrated_takes_every_level_of_this_sampler_and_step_count(monkeypatch
         SimpleNamespace(sampler="euler", steps=8, cuts=(0.5,), plans=([None] * 8,)),
     ]
     monkeypatch.setattr(policy, "load", lambda path: SimpleNamespace(entries=entries), raising=False)
-    found = list(methods.calibrated(methods.Case("some", None, 4, "euler")))
+    found = list(methods.calibrated(_case("some", 4, "euler")))
     assert [setting.name for setting in found] == ["cut=0.200", "cut=0.400"]
-    assert list(methods.calibrated(methods.Case("other", None, 4, "euler"))) == []
+    assert list(methods.calibrated(_case("other", 4, "euler"))) == []
 
 
 def test_teacache_adds_up_changes_and_starts_anew_where_it_computes() -> None:
