@@ -12,6 +12,8 @@ from blockdance_core.families import UnsupportedModelError
 from blockdance_core.host import notify
 from blockdance_core.host.attach import attach, handle_of
 
+from .texts import described
+
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
@@ -24,42 +26,28 @@ class BlockDanceAccelerate(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Ids and order of the inputs are API: saved widget values are positional, new widgets go last."""
-        return io.Schema(
+        return described(io.Schema(
             node_id="BlockDanceAccelerate",
             display_name="BlockDance Accelerate",
             category="model/BlockDance",
-            description="Samples a diffusion transformer faster: blocks whose output hardly changes are reused.",
             search_aliases=["cache", "teacache", "easycache", "speed up", "accelerate"],
             inputs=[
-                io.Model.Input("model", tooltip="A diffusion transformer, straight from the loader or the last LoRA."),
-                io.Boolean.Input("enabled", default=True, tooltip="Off computes every block of every step."),
-                io.Combo.Input("preset", options=list(PRESETS), default="auto", tooltip=(
-                    "auto: recommended values of the model's family. paper: the published method. custom: the widgets below.")),
-                io.Int.Input("group_size", display_name="N", default=2, min=1, max=64, tooltip=(
-                    "Speed: of every N steps inside the window one is computed and the others reuse it. 1 is off.")),
-                io.Float.Input("start_percent", default=0.40, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
-                    "Start of the window. Before it, structure forms: every step is computed.")),
-                io.Float.Input("end_percent", default=0.95, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
-                    "End of the window. After it every step is computed.")),
-                io.Combo.Input("window", options=list(WINDOWS), default="noise_level", advanced=True, tooltip=(
-                    "What start and end measure: noise level as elsewhere in ComfyUI, or the share of executed steps.")),
-                io.Int.Input("boundary", default=RECOMMENDED, min=RECOMMENDED, max=9999, advanced=True, tooltip=(
-                    "Last block that is skipped, counted from 0. -1 is the recommended one.")),
-                io.Combo.Input("forecast", options=list(FORECASTS), default="taylor", advanced=True, tooltip=(
-                    "What stands in for the skipped blocks. hold: their last output (the published method). delta: the "
-                    "current input plus their last change. taylor: that change, extrapolated; taylor2: by its curve.")),
-                io.Combo.Input("cache_device", options=list(CACHE_DEVICES), default="auto", advanced=True, tooltip=(
-                    "Where features are kept. auto: on the GPU if they fit, else in CPU memory.")),
-                io.Custom("BLOCKDANCE_POLICY").Input("policy", optional=True, tooltip=(
-                    "From Load BlockDance Policy: a calibrated choice of steps, in place of preset, start, end, window, "
-                    "boundary and forecast. N says how fast, or the policy's own cut.")),
-                io.Combo.Input("quality", options=list(QUALITIES), default="off", tooltip=(
-                    "Watches the forecasts and computes a step where they would be off by more than this. With the preset auto "
-                    "this alone decides, as much reuse as the picture allows: N matters only as off (1).")),
+                io.Model.Input("model"),
+                io.Boolean.Input("enabled", default=True),
+                io.Combo.Input("preset", options=list(PRESETS), default="auto"),
+                io.Int.Input("group_size", display_name="N", default=2, min=1, max=64),
+                io.Float.Input("start_percent", default=0.40, min=0.0, max=1.0, step=0.01, advanced=True),
+                io.Float.Input("end_percent", default=0.95, min=0.0, max=1.0, step=0.01, advanced=True),
+                io.Combo.Input("window", options=list(WINDOWS), default="noise_level", advanced=True),
+                io.Int.Input("boundary", default=RECOMMENDED, min=RECOMMENDED, max=9999, advanced=True),
+                io.Combo.Input("forecast", options=list(FORECASTS), default="taylor", advanced=True),
+                io.Combo.Input("cache_device", options=list(CACHE_DEVICES), default="auto", advanced=True),
+                io.Custom("BLOCKDANCE_POLICY").Input("policy", optional=True),
+                io.Combo.Input("quality", options=list(QUALITIES), default="off"),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
-        )
+        ))
 
     @classmethod
     def execute(

@@ -13,6 +13,7 @@ from blockdance_core.host.paths import new_policy_path
 
 from .load_policy import PolicyType
 from .profile import ProfileType
+from .texts import described
 
 
 class BlockDanceCalibrate(io.ComfyNode):
@@ -21,30 +22,24 @@ class BlockDanceCalibrate(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Ids and order are API."""
-        return io.Schema(
+        return described(io.Schema(
             node_id="BlockDanceCalibrate",
             display_name="BlockDance Calibrate",
             category="model/BlockDance",
-            description="Finds the best schedules of reuse for what was profiled, and saves them as a policy file.",
             search_aliases=["policy", "schedule", "optimise"],
             is_output_node=True,
             inputs=[
-                ProfileType.Input("profile", tooltip="From BlockDance Profile."),
-                io.String.Input("policy_name", default="my-policy", tooltip=(
-                    "Name of the file in models/blockdance. What it holds for other samplers and steps is kept, for the same "
-                    "ones replaced.")),
-                io.Float.Input("cut", default=0.0, min=0.0, max=0.9, step=0.01, tooltip=(
-                    "Share of the model's time to save. 0: a range of levels, of which N picks one.")),
-                io.Float.Input("fidelity", default=0.0, min=0.0, max=200.0, step=0.5, tooltip=(
-                    "Keep only the cheapest schedule that is as close to the full run as this, in dB. 0: keep all.")),
-                io.Int.Input("effort", default=0, min=0, max=10000, tooltip=(
-                    "So many further runs for every high level, to improve it.")),
+                ProfileType.Input("profile"),
+                io.String.Input("policy_name", default="my-policy"),
+                io.Float.Input("cut", default=0.0, min=0.0, max=0.9, step=0.01),
+                io.Float.Input("fidelity", default=0.0, min=0.0, max=200.0, step=0.5),
+                io.Int.Input("effort", default=0, min=0, max=10000),
             ],
             outputs=[
-                PolicyType.Output(display_name="policy", tooltip="For the input `policy` of BlockDance Accelerate."),
-                io.String.Output(display_name="report", tooltip="JSON; its keys are described in the help page."),
+                PolicyType.Output(display_name="policy"),
+                io.String.Output(display_name="report"),
             ],
-        )
+        ))
 
     @classmethod
     def validate_inputs(cls, policy_name: str | None) -> bool | str:

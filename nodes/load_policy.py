@@ -9,6 +9,8 @@ from comfy_api.latest import io
 from blockdance_core.host.paths import policy_files, policy_path
 from blockdance_core.policy import load
 
+from .texts import described
+
 PolicyType = io.Custom("BLOCKDANCE_POLICY")
 
 
@@ -18,21 +20,17 @@ class BlockDanceLoadPolicy(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Ids and order are API. The list of files is made anew whenever the page asks for it."""
-        return io.Schema(
+        return described(io.Schema(
             node_id="BlockDanceLoadPolicy",
             display_name="Load BlockDance Policy",
             category="model/BlockDance",
-            description="Loads a policy: a choice of the steps that reuse, calibrated for one model.",
             search_aliases=["schedule", "calibration", "calibrated"],
             inputs=[
-                io.Combo.Input("policy_name", options=policy_files(), tooltip=(
-                    "A file of models/blockdance. It is for one model family and depth.")),
-                io.Float.Input("cut", default=0.0, min=0.0, max=0.99, step=0.01, optional=True, tooltip=(
-                    "The share of the model's time to save: the fastest schedule that saves at most this is taken. 0: N of "
-                    "BlockDance Accelerate decides, with 1 - 1/N.")),
+                io.Combo.Input("policy_name", options=policy_files()),
+                io.Float.Input("cut", default=0.0, min=0.0, max=0.99, step=0.01, optional=True),
             ],
-            outputs=[PolicyType.Output(display_name="policy", tooltip="For the input `policy` of BlockDance Accelerate.")],
-        )
+            outputs=[PolicyType.Output(display_name="policy")],
+        ))
 
     @classmethod
     def validate_inputs(cls, policy_name: str | None) -> bool | str:

@@ -13,6 +13,8 @@ from blockdance_core.host.attach import handle_of
 from blockdance_core.plots import timeline
 from blockdance_core.report import report
 
+from .texts import described
+
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
@@ -23,22 +25,21 @@ class BlockDanceReport(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Ids and order are API."""
-        return io.Schema(
+        return described(io.Schema(
             node_id="BlockDanceReport",
             display_name="BlockDance Report",
             category="model/BlockDance",
-            description="Shows which steps were computed and reused, and what they took. Place it after the sampler.",
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model that the sampler used."),
-                io.Latent.Input("latent", tooltip="The sampler's output; it is passed on unchanged."),
+                io.Model.Input("model"),
+                io.Latent.Input("latent"),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent"),
                 io.Image.Output(display_name="timeline"),
-                io.String.Output(display_name="report", tooltip="JSON; its keys are described in the help page."),
+                io.String.Output(display_name="report"),
             ],
-        )
+        ))
 
     @classmethod
     def execute(cls, model: ModelPatcher, latent: dict[str, Any]) -> io.NodeOutput:

@@ -19,6 +19,7 @@ from blockdance_core.policy.training import Settings
 
 from .load_policy import PolicyType
 from .profile import ProfileType
+from .texts import described
 
 
 class BlockDanceTrainPolicy(io.ComfyNode):
@@ -27,42 +28,33 @@ class BlockDanceTrainPolicy(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Ids and order are API."""
-        return io.Schema(
+        return described(io.Schema(
             node_id="BlockDanceTrainPolicy",
             display_name="BlockDance Train Policy",
             category="model/BlockDance",
-            description="Trains a policy that looks at each picture after a few steps and decides what the others do.",
             search_aliases=["ada", "adaptive", "policy", "reinforce"],
             is_output_node=True,
             inputs=[
-                ProfileType.Input("profile", tooltip="From BlockDance Profile: how to sample, and prompts to train on."),
-                PolicyType.Input("policy", optional=True, tooltip=(
-                    "Calibrated schedules to choose from, of BlockDance Calibrate. Without: uniform groups.")),
-                io.String.Input("policy_name", default="my-adaptive-policy", tooltip="Name of the file in models/blockdance."),
-                io.Combo.Input("choices", options=list(CHOICES), default=CHOICES[0], tooltip=(
-                    "schedules: the network picks one for each picture. steps: it decides every step, as published.")),
-                io.Float.Input("start", default=Design.start, min=0.0, max=0.9, step=0.01, tooltip=(
-                    "Share of the steps that are computed before the network looks. Published: 0.4.")),
-                io.String.Input("tradeoffs", default="1, 2, 4, 8, 16", tooltip=(
-                    "Weights of quality against time saved, one level each; N picks a level. Published: 2.")),
-                io.String.Input("reward", default="fidelity", tooltip=(
-                    "What quality is: fidelity to the full run, ssim, clip, image-reward, or such as ssim + 0.5 clip.")),
-                io.Int.Input("epochs", default=Settings.epochs, min=1, max=100000, tooltip=(
-                    "At most so many passes over the pictures; it stops when held-out ones gain no more.")),
-                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=False,
-                             tooltip="Of weights and draws."),
-                io.String.Input("prompts", default="", multiline=True, tooltip=(
-                    "Further prompts to train on, one a line; needs clip. Sampled like the first of the profile.")),
-                io.Clip.Input("clip", optional=True, tooltip="Reads the prompts, and serves the reward clip."),
-                io.Vae.Input("vae", optional=True, tooltip="For rewards that look at pictures."),
-                io.ClipVision.Input("clip_vision", optional=True, tooltip="For the reward clip."),
+                ProfileType.Input("profile"),
+                PolicyType.Input("policy", optional=True),
+                io.String.Input("policy_name", default="my-adaptive-policy"),
+                io.Combo.Input("choices", options=list(CHOICES), default=CHOICES[0]),
+                io.Float.Input("start", default=Design.start, min=0.0, max=0.9, step=0.01),
+                io.String.Input("tradeoffs", default="1, 2, 4, 8, 16"),
+                io.String.Input("reward", default="fidelity"),
+                io.Int.Input("epochs", default=Settings.epochs, min=1, max=100000),
+                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=False),
+                io.String.Input("prompts", default="", multiline=True),
+                io.Clip.Input("clip", optional=True),
+                io.Vae.Input("vae", optional=True),
+                io.ClipVision.Input("clip_vision", optional=True),
             ],
             outputs=[
-                PolicyType.Output(display_name="policy", tooltip="For the input `policy` of BlockDance Accelerate."),
-                io.String.Output(display_name="report", tooltip="JSON; its keys are described in the help page."),
-                io.Image.Output(display_name="curve", tooltip="Reward over the passes."),
+                PolicyType.Output(display_name="policy"),
+                io.String.Output(display_name="report"),
+                io.Image.Output(display_name="curve"),
             ],
-        )
+        ))
 
     @classmethod
     def validate_inputs(cls, policy_name: str | None, tradeoffs: str | None) -> bool | str:

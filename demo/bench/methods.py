@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from blockdance_core.schedule import Plan, Reuse
 from demo.bench import rivals
 from demo.options import POLICIES
 
@@ -86,22 +87,33 @@ def _preset(name: str) -> Method:
 
 def calibrated(case: Case) -> Iterator[Setting]:
     """Every level of the model's policy file that was found for this sampler and number of steps."""
+    for cut, plan in _levels(case):
+        yield Setting(f"cut={cut:.3f}", planned(plan))
+
+
+def chosen_steps(case: Case) -> Iterator[Setting]:
+    """The steps that those levels compute, the last slope held in between: with Euler, fewer steps at chosen levels."""
+    for cut, plan in _levels(case):
+        held = Reuse(len(case.blocks), rivals.RESIDUAL)
+        yield Setting(f"cut={cut:.3f}", planned(tuple(row and held for row in plan)))
+
+
+def _levels(case: Case) -> Iterator[tuple[float, Plan]]:
     from blockdance_core import policy
     from blockdance_core.host.rollout import function_of
 
     sampler = function_of(case.options.sampler)
     path = POLICIES / f"{case.demo.name}.safetensors"
     if not path.is_file():
-        log.warning("ours-calibrated is left out: there is no %s", path)
+        log.warning("calibrated levels are left out: there is no %s", path)
         return
     for entry in policy.load(path).entries:
         if (entry.sampler, entry.steps) == (sampler, case.steps):
-            for cut, plan in zip(entry.cuts, entry.plans, strict=True):
-                yield Setting(f"cut={cut:.3f}", planned(tuple(plan)))
+            yield from ((cut, tuple(plan)) for cut, plan in zip(entry.cuts, entry.plans, strict=True))
 
 
 def guarded(case: Case) -> Iterator[Setting]:
-    """The online guard at each quality; nothing of it is calibrated."""
+    """The online guard at each quality; but for its tolerances, nothing of it is calibrated."""
     from blockdance_core.config import QUALITIES
 
     for quality in list(QUALITIES)[1:]:
@@ -225,6 +237,7 @@ METHODS: dict[str, Method] = {
     "ours-guarded": guarded,
     "fewer-steps": _fewer(None),
     **{f"fewer-steps-{sampler}": _fewer(sampler) for sampler in MULTISTEP},
+    "chosen-steps": chosen_steps,
     "easycache": _host("EasyCacheNode"),
     "easycache-dense": _host("EasyCacheNode", dense=True),
     "lazycache": _host("LazyCacheNode"),

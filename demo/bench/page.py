@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,8 @@ CONDITIONS = ("model", "steps", "sampler", "scheduler", "cfg", "split", "difficu
 KEY = (*CONDITIONS, "method", "setting")
 DUELS = (0.15, 0.80)
 """Rival points of a cut between these are compared with ours."""
+_OUTCOMES = ("win", "tie", "loss", "out of reach")
+_MANY = 32
 SWEEPS = {"tails": tails, "latency": latency, "real_size": real_size}
 _COLOURS = {"ours-calibrated": "#d55e00", "ours-auto": "#0072b2", "ours-paper": "#009e73", "ours-guarded": "#cc79a7"}
 
@@ -194,11 +196,10 @@ def _conditions(group: Group, environment: Mapping[str, Any]) -> str:
         " and ".join(dict.fromkeys(str(point.get(name, environment.get(name, "unknown"))) for point in group.points))
         for name in ("device", "torch")
     )
-    commands = ", ".join(f"`{command}`" for command in sorted({point.get("command", "unknown") for point in group.points}))
     return (
         f"- {says('model')}, {says('steps')} steps of {says('sampler')} ({says('scheduler')}, CFG {says('cfg')}): {says('n')} "
         f"captions of the {says('split')} split ({says('difficulty')} difficulty), seed {says('seed')}, in batches of "
-        f"{says('batch')}, {says('threads')} threads of {device}, PyTorch {torch}; made by {commands}."
+        f"{says('batch')}, {says('threads')} threads of {device}, PyTorch {torch}."
     )
 
 
@@ -242,10 +243,10 @@ def _summary(data: dict[str, Any]) -> Iterator[str]:
             count = Counter(one.outcome for one in of)
             tenths = [one.tenth for one in of if one.ours]
             better, worse = sum(low > 0 for low, _ in tenths), sum(high < 0 for _, high in tenths)
-            outcomes = " | ".join(str(count[name]) for name in ("win", "tie", "loss", "out of reach"))
+            outcomes = " | ".join(str(count[name]) for name in _OUTCOMES)
             yield f"| {group.cells} | {rival} | {outcomes} | {better} | {len(tenths) - better - worse} | {worse} |"
         lost += [(group.title, one) for one in found if one.outcome in ("loss", "out of reach") or one.tenth[1] < 0]
-    yield from ("", REACHABLE, "", "Losses, and what is out of reach:", "")
+    yield from ("", *_totals(data), "", REACHABLE, "", "Losses, and what is out of reach:", "")
     for title, one in lost:
         where = f"{title}: {_name(one.rival)}"
         figures = f"cut {one.rival['cut']:.1%}, SSIM {one.rival['ssim']:.4f}"
@@ -257,6 +258,27 @@ def _summary(data: dict[str, Any]) -> Iterator[str]:
         yield f"- {where} ({figures}): {against}"
     yield from (() if lost else ("None.",))
     yield ""
+
+
+def _totals(data: dict[str, Any]) -> Iterator[str]:
+    """All comparisons together, and what becomes of them where one asks for more."""
+
+    def all_duels(wanted: Callable[[Point], bool] = lambda point: True) -> list[Duel]:
+        return [one for group in groups(data) for one in duels([point for point in group.points if wanted(point)])]
+
+    everything = all_duels()
+    yield from _header("Comparisons", "Wins", "Ties", "Losses", "Out of reach")
+    for about, found in (
+        ("all", everything),
+        ("without other solvers, `fewer-steps-<sampler>`",
+         [one for one in everything if not one.rival["method"].startswith("fewer-steps-")]),
+        ("on 32 captions or more", [one for one in everything if one.rival["n"] >= _MANY]),
+        ("by N and the qualities alone, without a policy", all_duels(lambda point: point["method"] != "ours-calibrated")),
+    ):
+        count = Counter(one.outcome for one in found)
+        yield f"| {about} | {' | '.join(str(count[name]) for name in _OUTCOMES)} |"
+    yield ""
+    yield "Of eight captions, intervals are rough, and rather too narrow."
 
 
 def _section(group: Group) -> Iterator[str]:
@@ -275,7 +297,8 @@ def _section(group: Group) -> Iterator[str]:
             f"{point['cut_wall']:.1%} | {point['ssim']:.4f} | {low:.4f} to {high:.4f} | {point['ssim_p10']:.4f} | "
             f"{point['psnr']:.1f} | {point['latent_l2']:.4f} | {stored} | {sum(point.get('fallbacks', {}).values())} |"
         )
-    yield ""
+    commands = ", ".join(f"`{command}`" for command in sorted({point.get("command", "unknown") for point in group.points}))
+    yield from ("", f"Made by {commands}.", "")
 
 
 def _adaptive(data: dict[str, Any]) -> Iterator[str]:

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from blockdance_core import policy
+from blockdance_core.forecast import Forecast
 from blockdance_core.host import training
 from blockdance_core.host.pictures import Pictures
-from blockdance_core.schedule import follow
+from blockdance_core.schedule import Reuse, follow
 from demo import loader
 from demo.architectures import ARCHITECTURES
 from demo.bench import __main__ as program
@@ -96,6 +97,15 @@ def test_calibrated_takes_every_level_of_this_sampler_and_step_count(monkeypatch
     found = list(methods.calibrated(_case("some", 4, "euler")))
     assert [setting.name for setting in found] == ["cut=0.200", "cut=0.400"]
     assert list(methods.calibrated(_case("other", 4, "euler"))) == []
+
+
+def test_chosen_steps_hold_the_slope_between_the_computed_steps_of_every_level(monkeypatch) -> None:
+    fitted = Reuse(3, Forecast(True, 1, fitted=((1, 0.5), (2, 0.5))))
+    monkeypatch.setattr(methods, "_levels", lambda case: iter([(0.5, (None, None, fitted, fitted))]))
+    monkeypatch.setattr(methods, "planned", lambda plan: plan)
+    monkeypatch.setattr(methods.Case, "blocks", (None,) * 4)
+    setting, = methods.chosen_steps(_case("some", 4, "euler"))
+    assert (setting.name, setting.patch) == ("cut=0.500", (None, None, *[Reuse(4, Forecast(True))] * 2))
 
 
 def test_teacache_adds_up_changes_and_starts_anew_where_it_computes() -> None:
@@ -259,10 +269,11 @@ def test_page_says_conditions_and_commands_of_the_points_themselves() -> None:
     text = page.render({**_data(), "points": points})
     assert (
         "- sd3-mini, 20 steps of euler (simple, CFG 4.5): 3 captions of the test split (mixed difficulty), seed 0, in batches "
-        "of 2, 1 threads of a machine, PyTorch 2; made by `python dev.py bench`."
+        "of 2, 1 threads of a machine, PyTorch 2."
     ) in text
     assert "- sd3-mini, 30 steps of euler (simple, CFG 4.5): 1 captions of the validation split" in text
-    assert "made by `another`." in text
+    assert text.index("## sd3-mini, 20 ") < text.index("Made by `python dev.py bench`.") < text.index("## sd3-mini, 30 ")
+    assert text.index("## sd3-mini, 30 ") < text.index("Made by `another`.")
 
 
 def test_what_is_ours_is_no_rival() -> None:
@@ -273,6 +284,17 @@ def test_what_is_ours_is_no_rival() -> None:
     text = page.render({**_data(), "points": points})
     assert text.count("A user reaches every setting of ours: by N, **quality**, or **cut**") == 2
     assert "chosen by these very captions" in text
+
+
+def test_totals_tell_apart_other_solvers_few_captions_and_what_needs_a_policy() -> None:
+    own = [_point("ours-calibrated", 0.5, [0.95] * 32), _point("ours-guarded", 0.4, [0.93] * 32)]
+    few = [_point("ours-calibrated", 0.5, [0.95] * 8, steps=30), _point("fora", 0.4, [0.9] * 8, steps=30)]
+    text = page.render({**_data(), "points": [*own, *few, *(
+        _point(name, 0.4, [0.9] * 32) for name in ("fora", "fewer-steps-uni_pc"))]})
+    assert "| all | 3 | 0 | 0 | 0 |" in text
+    assert "`fewer-steps-<sampler>` | 2 | 0 | 0 | 0 |" in text
+    assert "| on 32 captions or more | 2 | 0 | 0 | 0 |" in text
+    assert "without a policy | 2 | 0 | 0 | 1 |" in text
 
 
 def test_rivals_outside_the_range_of_cuts_do_not_count() -> None:

@@ -38,6 +38,9 @@ def execute(node: Any, model: ModelPatcher, **values: Any) -> ModelPatcher:
 
 def test_nodes_of_the_pack(nodes: dict[str, Any]) -> None:
     assert list(nodes)[:3] == ["BlockDanceAccelerate", "BlockDanceReport", "BlockDanceLoadPolicy"]
+    for node in nodes.values():
+        schema = node.GET_SCHEMA()
+        assert schema.description and all(one.tooltip for one in (*schema.inputs, *schema.outputs)), schema.node_id
 
 
 def test_schema_ids_order_defaults_and_advanced_flags_are_the_api(accelerate: Any) -> None:
@@ -67,7 +70,6 @@ def test_schema_ids_order_defaults_and_advanced_flags_are_the_api(accelerate: An
     assert limits["group_size"][0] == 1
     assert limits["boundary"][0] == -1
     assert limits["start_percent"] == limits["end_percent"] == (0.0, 1.0)
-    assert all(i.tooltip for i in schema.inputs)
 
 
 def test_report_schema_is_the_api(nodes: dict[str, Any]) -> None:
