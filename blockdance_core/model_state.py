@@ -181,7 +181,7 @@ class ModelState:
         if choice == "cpu":
             return cache.move(torch.device("cpu"), cache.keep)
         room = info.room() + cache.stored_bytes  # what is stored by now has its place already
-        size = f"{predicted / 2**20:.0f} MiB of features do not fit the {max(room, 0) / 2**20:.0f} MiB left on {info.device}"
+        size = f"{predicted / 2**20:.1f} MiB of features do not fit the {max(room, 0) / 2**20:.1f} MiB left on {info.device}"
         if choice == "gpu" or predicted <= room:
             cache.limit = min(cache.limit, max(room, 0.0))
             return () if predicted <= room else (f"{size}: what does not is not reused; choose cache device auto or cpu",)

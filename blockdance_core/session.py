@@ -75,6 +75,7 @@ class Session:
         self.figures = [StepFigures() for _ in range(max(len(self.sigmas) - 1, 0))]
         self.stopwatch = Stopwatch()
         self.announced_bytes = 0  # what the host was asked to keep free
+        self.wrapped = False  # whether another node stands around the model's calls and may answer in its place
         self.evaluations = 0
         self.evaluating = False
         self.fallbacks: Counter[str] = Counter()

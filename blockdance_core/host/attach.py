@@ -151,6 +151,9 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
     session = Session(handle.config, sigmas, levels, tell, sampler, accepted, text, together)
     other = getattr(guider, "uncond_model_patcher", None)  # the host's DualModelGuider runs both within one run
     second = None if other is None else handle_of(other)
+    if plan.boundaries and _adds_noise(sampler):
+        session.warn(f"{sampler} adds fresh noise at every step, which nothing that is stored foretells: pictures change more. "
+                     "Prefer a sampler that adds none, or set a quality, which stops reuse where it does harm")
     if second is not None and second.config != handle.config:
         session.warn("the settings of the negative model are not used: those of the other one hold for both")
     session.announced_bytes = _announced_bytes(handle, guider.model_patcher, shapes, plan)
@@ -158,6 +161,7 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
     guider.model_options = create_model_options_clone(before)
     options = guider.model_options.setdefault("transformer_options", {})
     options[KEY] = session
+    session.wrapped = "model_function_wrapper" in guider.model_options
     _place(options.get("wrappers", {}))
     for name in _GUIDANCE:
         if name in guider.model_options:
@@ -186,18 +190,27 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
 def sampler_name(sampler: Any) -> str:
     """The name of a SAMPLER: that of its function, as far as the host tells."""
     function = getattr(sampler, "sampler_function", None)
-    return str(getattr(function, "__name__", type(sampler).__name__)).removeprefix("sample_")
+    return str(getattr(function, "__name__", type(sampler).__name__)).removeprefix("sample_").removesuffix("_gpu")
+
+
+def _adds_noise(sampler: str) -> bool:
+    """Whether a sampler adds fresh noise at every step, by its name: the host's say so, and most others."""
+    return any(part in sampler for part in ("ancestral", "sde", "lcm", "ddpm", "seeds", "sa_solver"))
 
 
 def _prepare_sampling(
-    executor: WrapperExecutor, model: ModelPatcher, noise_shape: Sequence[int], conds: Any,
+    executor: WrapperExecutor, model: ModelPatcher, noise_shape: Sequence[float], conds: Any,
     model_options: dict[str, Any] | None = None, *args: Any, **kwargs: Any,
 ) -> Any:
-    # The host keeps free what its estimate for this shape says. Features come on top: ask for that many more samples.
-    session = _session_in((model_options or {}).get("transformer_options", {}))
+    options = (model_options or {}).get("transformer_options", {})
+    session = _session_in(options)
+    if session is not None:
+        _place(options.get("wrappers", {}))  # once more: other nodes may have added theirs around the run
+    # The host keeps free what its estimate for this shape says. Features come on top: ask for that many more samples, or that
+    # part of one.
     if session is not None and session.announced_bytes:
         of_one = model.model.memory_required([1, *noise_shape[1:]])
-        noise_shape = [noise_shape[0] + math.ceil(session.announced_bytes / (2 * max(of_one, 1))), *noise_shape[1:]]
+        noise_shape = [noise_shape[0] + session.announced_bytes / (2 * max(of_one, 1)), *noise_shape[1:]]
     return executor(model, noise_shape, conds, model_options, *args, **kwargs)
 
 
@@ -274,16 +287,20 @@ def _apply_model(
     evaluation = nullcontext() if session.evaluating else session.evaluation(float(t.reshape(-1)[0]))
     model: BaseModel = executor.class_obj
 
+    streams: tuple[Hashable, ...] = identity.streams(options, session.caller)
+    if session.shape is not None and x.shape[0] != len(streams) * session.shape[0]:
+        streams = tuple((stream,) for stream in streams)  # tiles in one batch: nobody says which half is whose
+
     def describe(rows: int) -> CallInfo:
         return CallInfo(
-            streams=identity.streams(options, session.caller), rows=rows, device=x.device,
+            streams=streams, rows=rows, device=x.device,
             replaced=frozenset(options.get("patches_replace", {}).get("dit", {})),
             condition=(
                 session.condition, identity.control_shapes(control), identity.hook_strengths(model),
                 identity.active_patches(options, session.sigma),
             ),
             room=lambda: _room(model, x),
-            wrapped=bool(get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)),
+            wrapped=session.wrapped or bool(get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)),
         )
 
     def run(part: int | None, x: Any, t: Any, c_concat: Any, c_crossattn: Any, control: Any, kwargs: dict[str, Any]) -> Any:

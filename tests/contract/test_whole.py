@@ -203,6 +203,80 @@ def test_a_block_that_another_node_replaces_is_no_obstacle() -> None:
     assert run["fallbacks"] == {}
 
 
+def test_what_another_node_puts_around_the_run_is_part_of_what_is_forecast_from() -> None:
+    """As by InfiniteTalk: a wrapper of the model's calls, added when the run begins, pins part of the latent."""
+    case = CASES["sd3"]
+
+    def pinned(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x[..., 0] = 0.5
+        return executor(x, *args, **kwargs)
+
+    def around(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        options = executor.class_obj.model_options["transformer_options"]
+        options["wrappers"].setdefault(WrappersMP.APPLY_MODEL, {})["pin"] = [pinned]
+        return executor(*args, **kwargs)
+
+    def pinning(model: ModelPatcher) -> ModelPatcher:
+        clone = model.clone()
+        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "pin", around)
+        return clone
+
+    before, after = pinning(whole(model_of(case), case)), whole(pinning(model_of(case)), case)
+    outputs = [sample(model, case, steps=STEPS) for model in (before, after)]
+    assert reused_steps(last_run(before)) == list(REUSED)
+    assert torch.equal(*outputs)
+
+
+def test_a_cache_that_wraps_the_models_calls_is_noticed() -> None:
+    """As TeaCache packs do: a `model_function_wrapper` answers with what it kept, and no block runs."""
+    case, kept = CASES["sd3"], []
+
+    def answering(apply_model: Any, args: dict[str, Any]) -> Any:
+        network = case_model.model.diffusion_model
+        forward = network.forward
+        if len(kept) == 1:
+            network.forward = lambda *_, **__: kept[0]
+        else:
+            def noted(*args: Any, **kwargs: Any) -> Any:
+                kept.append(forward(*args, **kwargs))
+                return kept[-1]
+
+            network.forward = noted
+        try:
+            return apply_model(args["input"], args["timestep"], **args["c"])
+        finally:
+            del network.forward
+
+    case_model = model_of(case)
+    accelerated = whole(case_model, case)
+    accelerated.set_model_unet_function_wrapper(answering)
+    sample(accelerated, case, steps=STEPS)
+    run = last_run(accelerated)
+    assert run["fallbacks"]["the blocks did not run: something else answered the call"] > 0
+    assert run["blocks_run"][1] == 0
+
+
+def test_weights_of_guidance_are_left_where_nobody_says_which_half_is_whose() -> None:
+    """Two tiles in one batch, as MultiDiffusion makes them: unconditional and conditional rows take turns."""
+    case = CASES["sd3"]
+
+    def tiled(apply_model: Any, args: dict[str, Any]) -> Any:
+        def twice(part: Any) -> Any:
+            return torch.cat([part, part]) if isinstance(part, Tensor) and part.shape[0] == args["input"].shape[0] else part
+
+        conditions = {name: twice(part) for name, part in args["c"].items()}
+        found = apply_model(twice(args["input"]), twice(args["timestep"]), **conditions)
+        return found[: args["input"].shape[0]]
+
+    weighed, alike = (whole(model_of(case), case, Forecast(True, 1, fitted=tuple(BASE.items()), guided=guided))
+                      for guided in (tuple(GUIDANCE.values()), ()))
+    for model in (weighed, alike):
+        model.set_model_unet_function_wrapper(tiled)
+    outputs = [sample(model, case, steps=STEPS) for model in (weighed, alike)]
+    assert reused_steps(last_run(weighed)) == list(REUSED)
+    assert torch.equal(*outputs)
+
+
 def test_a_latent_that_grows_in_mid_run_is_computed_anew() -> None:
     case = CASES["sd3"]
     accelerated = whole(model_of(case), case)

@@ -45,7 +45,7 @@ def test_auto_keeps_no_history_first_and_then_moves_to_the_cpu(monkeypatch: pyte
 
 @every_family
 def test_the_host_is_asked_to_keep_free_what_will_be_stored(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []  # samples the host plans for, and what it counts for one
+    asked: list[tuple[float, float]] = []  # samples the host plans for, and what it counts for one
 
     def note(executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
         asked.append((noise_shape[0], model.model.memory_required([1, *noise_shape[1:]])))
@@ -57,7 +57,9 @@ def test_the_host_is_asked_to_keep_free_what_will_be_stored(case: Case, monkeypa
         accelerated.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "note", note)
         sample(accelerated, case, steps=STEPS)
     samples, of_one = asked[0]
-    assert (samples - 1) * of_one >= last_run(accelerated)["cached_bytes"] / 2
+    extra = (samples - 1) * of_one
+    assert extra >= 0.95 * last_run(accelerated)["cached_bytes"] / 2
+    assert extra <= 100 * last_run(accelerated)["cached_bytes"] + 2**20, "not a whole sample for a few tokens"
     accelerated = accelerate(model_of(case), cache_device="cpu")
     accelerated.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "note", note)
     sample(accelerated, case, steps=1)

@@ -32,6 +32,8 @@ def test_steps_from_sigmas_whatever_the_sampler(sampler: str, path: str, case: C
     assert run["evaluations"] == sum(run["calls"]) == counts[-1]
     assert counts[-1] - counts[0] == run["reused_calls"] > 0
     assert run["decisions"][-1] in ("compute",)
+    noisy = any("adds fresh noise at every step" in warning for warning in run["warnings"])
+    assert noisy == (sampler in ("dpmpp_2m_sde", "euler_ancestral"))
     assert set(reused_steps(run)) <= {4, 6, 8}
     if sampler != "dpm_adaptive":
         assert reused_steps(run) == [4, 6, 8]
