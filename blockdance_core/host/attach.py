@@ -149,11 +149,11 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
     accepted = accepted_errors(model_sampling, sigmas, handle.depth in plan.boundaries) if handle.config.guarded else []
     together = _undivided(guider.model_options.get("transformer_options", {}))
     session = Session(handle.config, sigmas, levels, tell, sampler, accepted, text, together)
-    other = getattr(guider, "uncond_model_patcher", None)  # the host's DualModelGuider runs both within one run
-    second = None if other is None else handle_of(other)
-    if plan.boundaries and _adds_noise(sampler):
+    if plan.boundaries and _adds_noise(sampler) and not handle.config.guarded:
         session.warn(f"{sampler} adds fresh noise at every step, which nothing that is stored foretells: pictures change more. "
                      "Prefer a sampler that adds none, or set a quality, which stops reuse where it does harm")
+    other = getattr(guider, "uncond_model_patcher", None)  # the host's DualModelGuider runs both within one run
+    second = None if other is None else handle_of(other)
     if second is not None and second.config != handle.config:
         session.warn("the settings of the negative model are not used: those of the other one hold for both")
     session.announced_bytes = _announced_bytes(handle, guider.model_patcher, shapes, plan)

@@ -34,6 +34,9 @@ def test_steps_from_sigmas_whatever_the_sampler(sampler: str, path: str, case: C
     assert run["decisions"][-1] in ("compute",)
     noisy = any("adds fresh noise at every step" in warning for warning in run["warnings"])
     assert noisy == (sampler in ("dpmpp_2m_sde", "euler_ancestral"))
+    guarded = accelerate(model, preset="auto", quality="draft")
+    PATHS[path](guarded, case, steps=STEPS, sampler=sampler)
+    assert not any("adds fresh noise" in warning for warning in last_run(guarded)["warnings"]), "the guard sees to it"
     assert set(reused_steps(run)) <= {4, 6, 8}
     if sampler != "dpm_adaptive":
         assert reused_steps(run) == [4, 6, 8]
