@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--effort", type=int, default=0, metavar="N", help="N further runs for every high level, to improve it")
     top.add_argument("--seed", type=int, default=0, help="of captions and noise")
     top.add_argument("--out", type=Path, metavar="PATH", help="the policy file (default: demo/policies/<model>.safetensors)")
+    top.add_argument("--add", action="store_true", help="keep what the file holds for other cuts of the same run")
     top.add_argument("--again", action="store_true", help="also calibrate what the file holds already")
     return top
 
@@ -79,7 +80,8 @@ def calibrate(demo: Any, options: argparse.Namespace, out: Path, command: str) -
     title = f"{options.model}, {options.steps} steps of {options.sampler} {options.scheduler}"
     policy = host.kept(out, demo.model)
     records = policy.record.get("calibrations", {}).values() if policy else ()
-    if not options.again and any((settings | how).items() <= record.items() for record in records):
+    recorded = [one for record in records for one in (record, *record.get("added", ()))]
+    if not options.again and any((settings | how).items() <= record.items() for record in recorded):
         print(f"{title}: already in {out}")
         return
     beside = out.with_name(f"{out.name}.{options.sampler}-{options.steps}.npz")
@@ -97,7 +99,8 @@ def calibrate(demo: Any, options: argparse.Namespace, out: Path, command: str) -
         try:
             _, found = host.calibrate(
                 measured, out, (options.cut,) if options.cut else CUTS, options.fidelity, options.effort, progress,
-                _prompts(demo, options, "checks"), _prompts(demo, options, "proofs"), about)
+                _prompts(demo, options, "checks"), _prompts(demo, options, "proofs"), about,
+                options.add)
         except ValueError as error:
             raise SystemExit(f"{title}: {error}") from error
     beside.unlink(missing_ok=True)

@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 CUTS = tuple(percent / 100 for percent in (*range(15, 40, 5), *range(40, 86, 2)))
 _LEADS = (0.0, 0.1, 0.15, 0.2, 0.3)
 """Shares of the steps that are computed first, to choose from: a program that adds errors up underrates early ones."""
-_TOLERANCE = 0.02
+TOLERANCE = 0.02
+"""A schedule is for a wanted cut if it is as near to it."""
 _HIGH = 0.4
 _FEWEST = 3
 _WIDE = 8
@@ -146,10 +147,10 @@ def calibrated(
         plans = [*(min(some, key=missed) for some in fronts), *usable, *remade]
         if best:
             plan = best[min(best)]
-            while saved(plan) > cut + _TOLERANCE:
+            while saved(plan) > cut + TOLERANCE:
                 plan = denser(profile, plan)
             plans.append(plan)
-        plans = [plan for plan in plans if missed(plan) <= _TOLERANCE]
+        plans = [plan for plan in plans if missed(plan) <= TOLERANCE]
         if not plans and len(cuts) == 1:  # few steps have few cuts
             reusing = [plan for some in (*fronts, usable) for plan in some if saved(plan) > 0]
             plans = [min(reusing, key=missed)] if reusing else []
@@ -161,7 +162,7 @@ def calibrated(
         progress(done + 1, parts)
     for slower, cut in itertools.pairwise(sorted(best)):
         joined = (plan for plan in sparser(profile, best[slower]) if saved(plan) > saved(best[slower]))
-        near = (plan for plan in itertools.chain((best[slower],), joined) if off(cut, plan) <= _TOLERANCE)
+        near = (plan for plan in itertools.chain((best[slower],), joined) if off(cut, plan) <= TOLERANCE)
         best[cut] = race.winner([best[cut], *itertools.islice(near, _WIDE)])
         progress(len(cuts) + len([one for one in cuts if one <= cut]), parts)
     plans = []
@@ -170,7 +171,7 @@ def calibrated(
         progress(2 * len(cuts) + len(plans), parts)
     progress(3 * len(cuts), parts)
     if proofs:
-        plans = list(dict.fromkeys([*plans, *(plan for plan in usable if min(off(cut, plan) for cut in cuts) <= _TOLERANCE)]))
+        plans = list(dict.fromkeys([*plans, *(plan for plan in usable if min(off(cut, plan) for cut in cuts) <= TOLERANCE)]))
     last = _Race(proofs) if proofs else race
     for count in range(1, len(proofs) + 1):
         for plan in plans:
@@ -232,7 +233,7 @@ class _Race:
 def _climbed(
     profile: Profile, plan: Plan, missed: Callable[[Plan], float], race: _Race, tries: int, rng: np.random.Generator
 ) -> Plan:
-    most = max(_TOLERANCE, missed(plan))  # a move between groups of different boundaries changes the cut
+    most = max(TOLERANCE, missed(plan))  # a move between groups of different boundaries changes the cut
 
     def near(plan: Plan) -> list[Plan]:
         return [one for one in neighbours(profile, plan) if missed(one) <= most]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from blockdance_core import families
 from blockdance_core.calibration import Profile, merged
 from blockdance_core.config import ConfigError
-from blockdance_core.host.calibrate import CUTS, Checked, calibrated, entry, profiled, reaching, table
+from blockdance_core.host.calibrate import CUTS, TOLERANCE, Checked, calibrated, entry, profiled, reaching, table
 from blockdance_core.host.rollout import Prompt, Rollouts, sigmas_of
 from blockdance_core.host.versions import versions
 from blockdance_core.policy import Calibrated, SchedulePolicy, load, save
@@ -117,7 +117,7 @@ def parse_boundaries(text: str, depth: int) -> tuple[int, ...]:
 def calibrate(
     measured: Measured, path: str | os.PathLike[str], cuts: Sequence[float] = CUTS, fidelity: float = 0.0, tries: int = 0,
     progress: Callable[[int, int], None] = lambda done, of: None, checks: Sequence[Prompt] = (),
-    proofs: Sequence[Prompt] = (), about: Mapping[str, Any] = MappingProxyType({}),
+    proofs: Sequence[Prompt] = (), about: Mapping[str, Any] = MappingProxyType({}), add: bool = False,
 ) -> tuple[SchedulePolicy, dict[str, Any]]:
     """Find the schedules of a profile, prove them, and add them to a policy file; those that it has already are tried, too.
 
@@ -131,6 +131,7 @@ def calibrate(
         checks: Further prompts to choose them on; none for those of the profile.
         proofs: Further prompts to prove them on; none for those that they were chosen on.
         about: What the record is to say besides, as plain JSON data.
+        add: See `keep`.
 
     Returns:
         The policy as it stands in the file, and what was found as plain JSON data.
@@ -164,22 +165,35 @@ def calibrate(
     record = {
         **measured.report(), "cfg": first.cfg, "fidelity_db": fidelity, "versions": versions(), **report, **about,
     }
-    policy = keep(path, measured.model, entry(measured.model, first, found), record)
+    policy = keep(path, measured.model, entry(measured.model, first, found), record, add)
     return policy, {**report, "path": str(path)}
 
 
 def keep(
-    path: str | os.PathLike[str], model: ModelPatcher, calibration: Calibrated, record: Mapping[str, Any]
+    path: str | os.PathLike[str], model: ModelPatcher, calibration: Calibrated, record: Mapping[str, Any],
+    add: bool = False,
 ) -> SchedulePolicy:
     """Add a calibration to a policy file, or make the file. It replaces one of the same `Calibrated.key`.
+
+    Args:
+        path: The policy file.
+        model: MODEL that was calibrated.
+        calibration: What was found.
+        record: How, as plain JSON data.
+        add: Keep what one of the same key holds for other cuts. Its record stays, with this one under `added`.
 
     Returns:
         The policy as it stands in the file.
     """
-    path = Path(path)
+    path, key = Path(path), calibration.key
     before = kept(path, model)
+    entries = before.entries if before else ()
+    for other in (one for one in entries if add and one.key == key):
+        calibration = calibration.joined(other, TOLERANCE)
     policy = SchedulePolicy(path.stem, *_kind(model), (calibration,)) if before is None else before.extended(calibration)
-    records = {**policy.record.get("calibrations", {}), calibration.key: dict(record)}
+    records = dict(policy.record.get("calibrations", {}))
+    whole = add and records.get(key)
+    records[key] = {**whole, "added": [*whole.get("added", ()), dict(record)]} if whole else dict(record)
     save(dataclasses.replace(policy, record={**policy.record, "calibrations": records}), path)
     written = kept(path, model)
     assert written is not None

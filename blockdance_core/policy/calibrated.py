@@ -73,6 +73,14 @@ class Calibrated:
         part = f" from {first:.0%}" * (first > _PART) + f" to {last:.0%}" * (last < 1 - _PART)
         return f"{self.sampler} {self.scheduler} {self.steps}{part}"
 
+    def joined(self, other: Calibrated, apart: float) -> Calibrated:
+        """The same with those plans of another calibration whose cuts are further than `apart` from all of its own."""
+        levels = [*zip(self.cuts, self.losses, self.plans, strict=True)]
+        levels += [level for level in zip(other.cuts, other.losses, other.plans, strict=True)
+                   if min(abs(level[0] - cut) for cut in self.cuts) > apart]
+        cuts, losses, plans = zip(*sorted(levels, key=lambda level: level[:2]), strict=True)
+        return dataclasses.replace(self, cuts=cuts, losses=losses, plans=plans)
+
     def position(self, level: float) -> float:
         """How many of the calibrated steps are over at a noise level, 0 to n, with fractions."""
         if level <= self.levels[0]:

@@ -54,6 +54,14 @@ def at_speed(levels: list[float], group_size: int = 2, sampler: str = "euler", *
     return policy(*entries).schedule(levels, sampler, group_size)
 
 
+def test_joined_replaces_what_is_near_and_keeps_the_rest() -> None:
+    one = entry(plans=(plan_of(PLANS[20][0], SLOW),), cuts=(0.21,), losses=(0.5,))
+    both = one.joined(entry(), 0.02)
+    assert (both.cuts, both.losses) == ((0.21, 0.45), (0.5, 0.002))
+    assert both.plans == (one.plans[0], entry().plans[1])
+    assert one.joined(entry(), 0.005).cuts == (0.2, 0.21, 0.45)
+
+
 # What is picked
 
 

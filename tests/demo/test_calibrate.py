@@ -77,6 +77,20 @@ def test_a_small_calibration_is_kept_resumed_and_extended(
     with pytest.raises(TypeError):
         run("--out", str(out), "--effort", "1", "--again")
 
+    cuts = policy.entries[0].cuts
+    monkeypatch.undo()
+    monkeypatch.setattr(calibrate, "BATCH", 1)
+    monkeypatch.setattr(profiling, "LAGS", (1, 2))
+    added = ["--out", str(out), "--cut", str(cuts[-1]), "--add", "--prompts", "1", "--checks", "1", "--proofs", "0"]
+    run(*added)
+    assert load(out).entries[0].cuts == (*cuts[:-1], pytest.approx(cuts[-1], abs=0.01)), "the times of blocks are measured anew"
+    both = load(out).record["calibrations"][policy.entries[0].key]
+    assert {**both, "added": None} == {**record, "added": None}
+    assert [one["cut"] for one in both["added"]] == [cuts[-1]]
+    capsys.readouterr()
+    run(*added)
+    assert "already in" in capsys.readouterr().out
+
 
 def test_profile_comes_back_from_disk_as_it_was(tmp_path: Path) -> None:
     arrays = np.ones((2, 2, 2, 2, 2)), np.full((3, 2, 2, 2, 2), np.nan), np.ones((3, 3))

@@ -100,8 +100,9 @@ class Environment:
     def variables(self) -> dict[str, str]:
         """The variables a program of this environment runs with."""
         kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+        patient = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin for each other cost a busy machine several times as much
         unwritten = {} if self.release else {"PYTHONDONTWRITEBYTECODE": "1"}  # the user's own ComfyUI is only read
-        return {**kept, **unwritten, "COMFYUI_PATH": str(self.host), "PYTHONUTF8": "1"}
+        return {**patient, **kept, **unwritten, "COMFYUI_PATH": str(self.host), "PYTHONUTF8": "1"}
 
 
 def dev_folder() -> Path:
