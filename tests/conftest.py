@@ -33,7 +33,6 @@ def _enter_host() -> None:
 
 
 _enter_host()
-torch.set_num_threads(1)  # at this size a second thread gains nothing, and loses tenfold on a busy machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,6 +51,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """For `-m smoke`, leave modules without such a test alone: on an older host they may not even import."""
     module = config.option.markexpr == "smoke" and collection_path.match("test_*.py")
     return True if module and "mark.smoke" not in collection_path.read_text(encoding="utf-8") else None
+
+
+def pytest_runtest_setup() -> None:
+    """One thread, whatever programs set in tests before: a second one gains nothing here, and loses tenfold if it waits."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

