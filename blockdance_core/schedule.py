@@ -94,9 +94,17 @@ Plan = Sequence["Reuse | None"]
 """How every step of a run reuses, None for one that is computed: what a calibration finds and a policy says."""
 
 
-def expanded(plan: Plan) -> Plan:
-    """The same plan with the expansions alone, without the weights that were fitted to full runs and to exactly these steps."""
-    return tuple(row and Reuse(row.boundary, dataclasses.replace(row.forecast, fitted=(), guided=())) for row in plan)
+def expanded(plan: Plan, order: int | None = None) -> Plan:
+    """The same plan with the expansions alone, without the weights that were fitted to full runs and to exactly these steps.
+
+    Args:
+        plan: One row a step.
+        order: Of all of them; None for those that the plan has. With 0 what was stored last is held.
+    """
+    def plain(forecast: Forecast) -> Forecast:
+        return dataclasses.replace(forecast, fitted=(), guided=(), order=forecast.order if order is None else order)
+
+    return tuple(row and Reuse(row.boundary, plain(row.forecast)) for row in plan)
 
 
 def follow(plan: Plan) -> Schedule:

@@ -167,7 +167,7 @@ def calibrated(
         progress(len(cuts) + len([one for one in cuts if one <= cut]), parts)
     plans = []
     for plan in best.values():
-        plans.append(race.winner([plan, expanded(plan)]))  # the second where the fit does not hold
+        plans.append(race.winner([plan, expanded(plan), expanded(plan, 0)]))  # the others where the fit does not hold
         progress(2 * len(cuts) + len(plans), parts)
     progress(3 * len(cuts), parts)
     if proofs:

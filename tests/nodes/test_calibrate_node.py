@@ -164,8 +164,18 @@ def test_slower_level_may_come_from_the_next_faster_one(measured: Any, monkeypat
     assert found[-1].plan == fast
     computed = [{k for k, row in enumerate(one.plan) if row is None} for one in found]
     assert all(faster < slower for slower, faster in itertools.pairwise(computed))
-    assert sum(plan == expanded(plan) for plan in ran) == len(cuts), "the plain expansion is tried of the best one alone"
+    plain = {plan for plan in ran if plan == expanded(plan)}
+    assert plain == {expanded(one.plan, order) for one in found for order in (None, 0)}, "tried of the best one alone"
     assert calibrated(profile, [pretended(errors)], cuts[::-1]) == found
+
+
+def test_weights_that_do_not_hold_on_other_prompts_give_way_to_what_was_stored_last(measured: Any) -> None:
+    def errors(plan: Any) -> torch.Tensor:
+        return torch.tensor([1e-6 if plan == expanded(plan, 0) else 1e-3])
+
+    found, = calibrated(measured.profile, [pretended(errors)], (0.5,))
+    assert any(found.plan)
+    assert {(row.forecast.order, row.forecast.fitted, row.forecast.guided) for row in found.plan if row} == {(0, (), ())}
 
 
 def test_faster_level_may_come_from_the_next_slower_one(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
