@@ -266,14 +266,20 @@ def _totals(data: dict[str, Any]) -> Iterator[str]:
     def all_duels(wanted: Callable[[Point], bool] = lambda point: True) -> list[Duel]:
         return [one for group in groups(data) for one in duels([point for point in group.points if wanted(point)])]
 
+    def of_rivals(found: Iterable[Duel]) -> list[Duel]:
+        return [one for one in found if one.rival["method"] != "chosen-steps"]
+
     everything = all_duels()
+    rivals = of_rivals(everything)
     yield from _header("Comparisons", "Wins", "Ties", "Losses", "Out of reach")
     for about, found in (
-        ("all", everything),
-        ("without other solvers, `fewer-steps-<sampler>`",
-         [one for one in everything if not one.rival["method"].startswith("fewer-steps-")]),
-        ("on 32 captions or more", [one for one in everything if one.rival["n"] >= _MANY]),
-        ("by N and the qualities alone, without a policy", all_duels(lambda point: point["method"] != "ours-calibrated")),
+        ("all, our own schedules without their weights (`chosen-steps`) included", everything),
+        ("all rivals", rivals),
+        ("rivals without other solvers, `fewer-steps-<sampler>`",
+         [one for one in rivals if not one.rival["method"].startswith("fewer-steps-")]),
+        ("rivals, on 32 captions or more", [one for one in rivals if one.rival["n"] >= _MANY]),
+        ("rivals, by N and the qualities alone, without a policy",
+         of_rivals(all_duels(lambda point: point["method"] != "ours-calibrated"))),
     ):
         count = Counter(one.outcome for one in found)
         yield f"| {about} | {' | '.join(str(count[name]) for name in _OUTCOMES)} |"
