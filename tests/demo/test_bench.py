@@ -286,14 +286,15 @@ def test_what_is_ours_is_no_rival() -> None:
     assert "chosen by these very captions" in text
 
 
-def test_totals_tell_apart_other_solvers_few_captions_and_what_needs_a_policy() -> None:
+def test_totals_tell_apart_our_ablation_other_solvers_few_captions_and_what_needs_a_policy() -> None:
     own = [_point("ours-calibrated", 0.5, [0.95] * 32), _point("ours-guarded", 0.4, [0.93] * 32)]
     few = [_point("ours-calibrated", 0.5, [0.95] * 8, steps=30), _point("fora", 0.4, [0.9] * 8, steps=30)]
     text = page.render({**_data(), "points": [*own, *few, *(
-        _point(name, 0.4, [0.9] * 32) for name in ("fora", "fewer-steps-uni_pc"))]})
-    assert "| all | 3 | 0 | 0 | 0 |" in text
+        _point(name, 0.4, [0.9] * 32) for name in ("fora", "fewer-steps-uni_pc", "chosen-steps"))]})
+    assert "included | 4 | 0 | 0 | 0 |" in text
+    assert "| all rivals | 3 | 0 | 0 | 0 |" in text
     assert "`fewer-steps-<sampler>` | 2 | 0 | 0 | 0 |" in text
-    assert "| on 32 captions or more | 2 | 0 | 0 | 0 |" in text
+    assert "on 32 captions or more | 2 | 0 | 0 | 0 |" in text
     assert "without a policy | 2 | 0 | 0 | 1 |" in text
 
 
