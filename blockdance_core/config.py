@@ -14,7 +14,7 @@ PRESETS = ("auto", "paper", "custom")
 WINDOWS = ("noise_level", "steps")
 FORECASTS = ("taylor", "taylor2", "delta", "hold")
 CACHE_DEVICES = ("auto", "gpu", "cpu")
-QUALITIES = {"off": math.inf, "near-lossless": 0.2, "balanced": 0.3, "draft": 0.45}
+QUALITIES = {"off": math.inf, "strict": 0.1, "near-lossless": 0.2, "balanced": 0.3, "draft": 0.45, "sketch": 0.8}
 """Largest error of a forecast that is injected: a share of the slope, or of what the blocks contribute (root mean square), in
 units of what a step accepts (`host.levels.accepted_errors`). Measured: docs/benchmarks.md."""
 RECOMMENDED = -1

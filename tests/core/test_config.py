@@ -18,7 +18,7 @@ from blockdance_core.config import Config, ConfigError, Defaults, resolve
     ("forecast", "linear", "taylor, taylor2, delta, hold"),
     ("forecast", "", "taylor, taylor2, delta, hold"),
     ("cache_device", "cuda", "auto, gpu, cpu"),
-    ("quality", "best", "off, near-lossless, balanced, draft"),
+    ("quality", "best", "off, strict, near-lossless, balanced, draft, sketch"),
     ("group_size", 0, ">= 1"),
     ("group_size", -3, ">= 1"),
     ("group_size", 2.0, ">= 1"),

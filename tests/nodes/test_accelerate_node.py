@@ -65,7 +65,7 @@ def test_schema_ids_order_defaults_and_advanced_flags_are_the_api(accelerate: An
     options = {i.id: list(i.options) for i in schema.inputs if i.get_io_type() == "COMBO"}
     assert options == {"preset": ["auto", "paper", "custom"], "window": ["noise_level", "steps"],
                        "forecast": ["taylor", "taylor2", "delta", "hold"], "cache_device": ["auto", "gpu", "cpu"],
-                       "quality": ["off", "near-lossless", "balanced", "draft"]}
+                       "quality": ["off", "strict", "near-lossless", "balanced", "draft", "sketch"]}
     limits = {i.id: (i.min, i.max) for i in schema.inputs if i.get_io_type() in ("INT", "FLOAT")}
     assert limits["group_size"][0] == 1
     assert limits["boundary"][0] == -1
