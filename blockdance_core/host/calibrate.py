@@ -145,8 +145,8 @@ def calibrated(
     for done, cut in enumerate(sorted(cuts, reverse=True)):
         missed = functools.partial(off, cut)
         plans = [*(min(some, key=missed) for some in fronts), *usable, *remade]
-        if best:
-            plan = best[min(best)]
+        beyond = [best[min(best)]] if best else [plan for plan in usable if saved(plan) > cut + TOLERANCE]
+        for plan in sorted(beyond, key=saved)[:1]:
             while saved(plan) > cut + TOLERANCE:
                 plan = denser(profile, plan)
             plans.append(plan)

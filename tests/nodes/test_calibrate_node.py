@@ -169,6 +169,15 @@ def test_slower_level_may_come_from_the_next_faster_one(measured: Any, monkeypat
     assert calibrated(profile, [pretended(errors)], cuts[::-1]) == found
 
 
+def test_one_level_may_come_from_the_next_faster_one_of_before(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = measured.profile
+    fast, faster = plan_of(profile, [(0, 1, 1), (1, 3, 1), (4, 4, 1)]), plan_of(profile, [(0, 1, 1), (1, 7, 1)])
+    monkeypatch.setattr(calibrate_module, "front", lambda *_: [Found(faster, 7 / 8, 1.0)])
+    found, = calibrated(profile, [pretended(lambda plan: torch.tensor([1e-3]))], (0.5,), before=[faster, fast])
+    assert found.cut == 0.5
+    assert {k for k, row in enumerate(found.plan) if row is None} > {k for k, row in enumerate(fast) if row is None}
+
+
 def test_weights_that_do_not_hold_on_other_prompts_give_way_to_what_was_stored_last(measured: Any) -> None:
     def errors(plan: Any) -> torch.Tensor:
         return torch.tensor([1e-6 if plan == expanded(plan, 0) else 1e-3])
