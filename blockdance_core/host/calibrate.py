@@ -181,7 +181,7 @@ def calibrated(
     found = [one for one in found if one.cut > 0 and math.isfinite(one.loss)]
     if len(cuts) == 1:
         return sorted(found, key=lambda one: one.score)[:1]
-    return unbeaten(found, lambda one: (one.cut, one.score))
+    return unbeaten(found, lambda one: (round(one.cut, 2), one.score))  # no user tells closer cuts apart
 
 
 class _Race:

@@ -461,6 +461,18 @@ def test_prompts_that_chose_nothing_say_what_is_lost_and_drop_what_a_faster_sche
     assert proved[0].loss == pytest.approx(0.2)
 
 
+def test_of_two_levels_of_nearly_the_same_cut_the_better_one_stays(
+    measured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = dataclasses.replace(measured.profile, costs=(0.004, 0.0))
+    better, faster = (plan_of(profile, [(0, 3, way), (3, 1, way), (4, 1, way), (5, 3, way)]) for way in (0, 1))
+    monkeypatch.setattr(calibrate_module, "front", lambda *_: [Found(better, 0.498, 1.0)])
+    proof = pretended(lambda plan: torch.tensor([{better: 0.1, faster: 0.2}.get(plan, 1.0)]))
+    found = calibrated(profile, [proof], (0.25, 0.5), before=[faster], proofs=[proof])
+    assert [one.plan for one in found] == [better]
+    assert found[0].cut == pytest.approx(0.498)
+
+
 def test_plans_of_before_are_proved_too_for_their_luck_on_the_checks_may_be_worse(measured: Any) -> None:
     before = plan_of(measured.profile, [(0, 3, 1), (3, 1, 1), (4, 1, 1), (5, 3, 1)])
 
