@@ -131,7 +131,7 @@ def calibrate(
         checks: Further prompts to choose them on; none for those of the profile.
         proofs: Further prompts to prove them on; none for those that they were chosen on.
         about: What the record is to say besides, as plain JSON data.
-        add: See `keep`.
+        add: Keep what the file holds for other cuts.
 
     Returns:
         The policy as it stands in the file, and what was found as plain JSON data.
@@ -165,13 +165,13 @@ def calibrate(
     record = {
         **measured.report(), "cfg": first.cfg, "fidelity_db": fidelity, "versions": versions(), **report, **about,
     }
-    policy = keep(path, measured.model, entry(measured.model, first, found), record, add)
+    policy = keep(path, measured.model, entry(measured.model, first, found), record, cuts if add else ())
     return policy, {**report, "path": str(path)}
 
 
 def keep(
     path: str | os.PathLike[str], model: ModelPatcher, calibration: Calibrated, record: Mapping[str, Any],
-    add: bool = False,
+    add: Sequence[float] = (),
 ) -> SchedulePolicy:
     """Add a calibration to a policy file, or make the file. It replaces one of the same `Calibrated.key`.
 
@@ -180,7 +180,8 @@ def keep(
         model: MODEL that was calibrated.
         calibration: What was found.
         record: How, as plain JSON data.
-        add: Keep what one of the same key holds for other cuts. Its record stays, with this one under `added`.
+        add: The cuts that were wanted, to keep what one of the same key holds for others. Its record stays, with this one
+            under `added`.
 
     Returns:
         The policy as it stands in the file.
@@ -189,7 +190,7 @@ def keep(
     before = kept(path, model)
     entries = before.entries if before else ()
     for other in (one for one in entries if add and one.key == key):
-        calibration = calibration.joined(other, TOLERANCE)
+        calibration = calibration.joined(other, add, TOLERANCE)
     policy = SchedulePolicy(path.stem, *_kind(model), (calibration,)) if before is None else before.extended(calibration)
     records = dict(policy.record.get("calibrations", {}))
     whole = add and records.get(key)

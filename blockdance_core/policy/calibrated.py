@@ -17,6 +17,8 @@ SAME_LEVEL = 1e-3
 _PART = 0.05
 """A run that leaves out more of the noise schedule than this, at its beginning or end, is one of a part."""
 _ROUNDING = 1e-6
+_SAME = 0.005
+"""Cuts this near to each other are one."""
 _MAX_ORDER = 2
 _MOST = 1000
 """A run's part of the noise schedule is not put in words where it is smaller than one in so many."""
@@ -73,11 +75,15 @@ class Calibrated:
         part = f" from {first:.0%}" * (first > _PART) + f" to {last:.0%}" * (last < 1 - _PART)
         return f"{self.sampler} {self.scheduler} {self.steps}{part}"
 
-    def joined(self, other: Calibrated, apart: float) -> Calibrated:
-        """The same with those plans of another calibration whose cuts are further than `apart` from all of its own."""
+    def joined(self, other: Calibrated, wanted: Sequence[float], apart: float) -> Calibrated:
+        """The same with those plans of another calibration whose cuts are further than `apart` from all that were wanted.
+
+        One of the same cut as its own goes, too.
+        """
         levels = [*zip(self.cuts, self.losses, self.plans, strict=True)]
         levels += [level for level in zip(other.cuts, other.losses, other.plans, strict=True)
-                   if min(abs(level[0] - cut) for cut in self.cuts) > apart]
+                   if min(abs(level[0] - cut) for cut in wanted) > apart
+                   and min(abs(level[0] - cut) for cut in self.cuts) > _SAME]
         cuts, losses, plans = zip(*sorted(levels, key=lambda level: level[:2]), strict=True)
         return dataclasses.replace(self, cuts=cuts, losses=losses, plans=plans)
 

@@ -56,10 +56,11 @@ def at_speed(levels: list[float], group_size: int = 2, sampler: str = "euler", *
 
 def test_joined_replaces_what_is_near_and_keeps_the_rest() -> None:
     one = entry(plans=(plan_of(PLANS[20][0], SLOW),), cuts=(0.21,), losses=(0.5,))
-    both = one.joined(entry(), 0.02)
+    both = one.joined(entry(), (0.22,), 0.02)
     assert (both.cuts, both.losses) == ((0.21, 0.45), (0.5, 0.002))
     assert both.plans == (one.plans[0], entry().plans[1])
-    assert one.joined(entry(), 0.005).cuts == (0.2, 0.21, 0.45)
+    assert one.joined(entry(), (0.23,), 0.02).cuts == (0.2, 0.21, 0.45), "not wanted, though near to what was found"
+    assert dataclasses.replace(one, cuts=(0.203,)).joined(entry(), (0.3,), 0.02).cuts == (0.203, 0.45), "the same cut"
 
 
 # What is picked
