@@ -76,14 +76,17 @@ class Calibrated:
         return f"{self.sampler} {self.scheduler} {self.steps}{part}"
 
     def joined(self, other: Calibrated, wanted: Sequence[float], apart: float) -> Calibrated:
-        """The same with those plans of another calibration whose cuts are further than `apart` from all that were wanted.
+        """The same with the plans of another calibration, but those that its own stand for.
 
-        One of the same cut as its own goes, too.
+        A plan goes if its cut is within `apart` of one that was wanted, unless it saves more than the nearest of its own by
+        over half of that. One of the same cut as its own goes in any case.
         """
+        def stays(cut: float) -> bool:
+            more = cut - min(self.cuts, key=lambda own: abs(own - cut))
+            return abs(more) > _SAME and (more > apart / 2 or min(abs(cut - one) for one in wanted) > apart)
+
         levels = [*zip(self.cuts, self.losses, self.plans, strict=True)]
-        levels += [level for level in zip(other.cuts, other.losses, other.plans, strict=True)
-                   if min(abs(level[0] - cut) for cut in wanted) > apart
-                   and min(abs(level[0] - cut) for cut in self.cuts) > _SAME]
+        levels += [level for level in zip(other.cuts, other.losses, other.plans, strict=True) if stays(level[0])]
         cuts, losses, plans = zip(*sorted(levels, key=lambda level: level[:2]), strict=True)
         return dataclasses.replace(self, cuts=cuts, losses=losses, plans=plans)
 

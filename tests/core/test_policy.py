@@ -61,6 +61,9 @@ def test_joined_replaces_what_is_near_and_keeps_the_rest() -> None:
     assert both.plans == (one.plans[0], entry().plans[1])
     assert one.joined(entry(), (0.23,), 0.02).cuts == (0.2, 0.21, 0.45), "not wanted, though near to what was found"
     assert dataclasses.replace(one, cuts=(0.203,)).joined(entry(), (0.3,), 0.02).cuts == (0.203, 0.45), "the same cut"
+    slower = dataclasses.replace(one, cuts=(0.185,))
+    assert slower.joined(entry(), (0.2,), 0.02).cuts == (0.185, 0.2, 0.45), "a faster one is not given up"
+    assert slower.joined(entry(), (0.2,), 0.04).cuts == (0.185, 0.45), "measured anew, a cut differs by as much"
 
 
 # What is picked
