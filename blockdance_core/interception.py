@@ -232,7 +232,6 @@ class _Call:
             passage = Passage(block.received(args, kwargs), block.returned(value), (*args, *kwargs.values()))
             self.visitor.at_output(index, passage)
 
-
     def check(self) -> None:
         """Every feature was injected once since block 0 was entered; from here on they are counted anew."""
         for index in self.injected or ():

@@ -155,6 +155,15 @@ def test_one_graph_of_the_whole_model_is_skipped_as_a_whole(order: str, monkeypa
     assert graphs() == 1
 
 
+def test_one_graph_behind_a_node_that_may_answer_itself_is_refused_with_what_to_do() -> None:
+    """Whether the model ran is then seen at its first block alone, and there is no getting at it."""
+    model = compiled(model_of(sd3), fullgraph=True)
+    model.set_model_unet_function_wrapper(lambda apply, args: apply(args["input"], args["timestep"], **args["c"]))
+    with pytest.raises(FullGraphError, match="Turn fullgraph off, or compile the blocks one by one"):
+        sample(accelerate(model, preset="auto", quality="balanced"), sd3, steps=STEPS)
+    assert not any("forward" in block.__dict__ for block in sd3.blocks(model.model.diffusion_model))
+
+
 def test_one_graph_of_the_whole_model_is_profiled() -> None:
     positive, negative = sd3.conds(model_of(sd3))
     prompt = Prompt(positive, negative, sd3.latent(1), 0, 4, 3.0, "euler", "simple")
