@@ -96,8 +96,9 @@ class ModelState:
         return tuple(sorted({tap for boundary in boundaries for tap in taps(self.blocks, boundary)}))
 
     def streams_of(self, info: CallInfo) -> CallInfo:
-        """The same call; as one stream, where the model's samples cannot be told apart."""
-        return info if self.apart or not info.streams else info._replace(streams=(info.streams,), rows=1)
+        """The same call; as one stream, where the samples cannot be told apart in the blocks, and blocks are watched."""
+        several = self.apart or not info.streams or self.tapped == (self.depth,)
+        return info if several else info._replace(streams=(info.streams,), rows=1)
 
     def enter(self, group: int | None, step: int) -> None:
         """A call of `group` begins; at the start of a new one, streams unseen for the whole group before are dropped.

@@ -120,12 +120,14 @@ class Session:
         self._occurrences.clear()
         grown = shape is not None and shape != self.shape
         self.shape = shape if grown else self.shape
+        step = step_of(self.sigmas, sigma, self.step)
+        # Further back than a sampler looks ahead goes one that adds noise anew (restart sampling).
+        renoised = step < self.step - 1
         for state in self.models.values():
             if grown:
                 state.restart()
-            elif shifted:
+            elif shifted or renoised:
                 state.forget()
-        step = step_of(self.sigmas, sigma, self.step)
         if self.evaluations and step != self.step:
             self._tell()
         self.evaluations += 1

@@ -25,11 +25,13 @@ class Stream(NamedTuple):
     Attributes:
         conditioning: Name of the conditioning.
         kind: `POSITIVE`, `NEGATIVE`, or another number that a guider gives.
-        rest: Context window, patches, and who asked.
+        window: Context window.
+        rest: Patches, and who asked.
     """
 
     conditioning: Hashable
     kind: int
+    window: Hashable
     rest: Hashable
 
 
@@ -49,21 +51,20 @@ class CallKey(NamedTuple):
     signature: Hashable
 
     @property
-    def kind(self) -> int | None:
-        """`POSITIVE`, `NEGATIVE`, ...; None where that is not known."""
-        return self._parts()[1]
+    def whose(self) -> Stream | None:
+        """None where that is not known."""
+        match self.stream:
+            case (_, Stream() as stream, _):
+                return stream
+        return None
 
     @property
     def set_against(self) -> Hashable:
-        """The same for all streams that guidance may set against each other."""
-        return self._parts()[0]
-
-    def _parts(self) -> tuple[Hashable, int | None]:
-        beside = self.passes, self.rows, self.signature
-        if isinstance(self.stream, tuple) and len(self.stream) == 3 and isinstance(self.stream[1], Stream):
-            owner, stream, occurrence = self.stream
-            return (owner, stream.rest, occurrence, *beside), stream.kind
-        return (self.stream, *beside), None
+        """The same for all streams that guidance may set against each other: it patches some, and calls them by itself."""
+        match self.stream:
+            case (owner, Stream() as stream, occurrence):
+                return (owner, stream.window, occurrence), self.passes, self.rows, self.signature
+        return self
 
 
 @dataclasses.dataclass
@@ -110,6 +111,7 @@ class FeatureCache:
         device: Where entries are kept; None for where they are computed.
         stored_bytes: Bytes stored now.
         peak_bytes: Most bytes stored so far.
+        unweighed: Whether a forecast was made without the weights that it has for one conditioning set against one other.
     """
 
     def __init__(self, anchored: bool, keep: int) -> None:
@@ -119,6 +121,7 @@ class FeatureCache:
         self.device: torch.device | None = None
         self.stored_bytes = 0
         self.peak_bytes = 0
+        self.unweighed = False
         self._entries: dict[tuple[StreamKey, int], list[Entry]] = {}
         self._seen: dict[StreamKey, int] = {}
 
@@ -194,12 +197,7 @@ class FeatureCache:
             # An output that did not fit its input is held, never extrapolated.
             weighed = history if history[0].whole or history[0].anchored else history[:1]
             alike = [entry for entry in weighed if entry.anchored == history[0].anchored]
-            ages = [step - one.step for one in alike]
-            weights = forecast.weights([one.sigma for one in alike], sigma, ages)
-            terms = list(zip(weights, alike, strict=False))
-            if forecast.guided and forecast.fits(ages):
-                terms = self._guided(key, boundary, terms, forecast.guided)
-            chunks.append(terms)
+            chunks.append(self._terms(key, boundary, alike, forecast, step, sigma))
         try:
             return tuple(
                 self._combined(index, chunks, current, device) for index in range(len(chunks[0][0][1].feature))
@@ -209,30 +207,48 @@ class FeatureCache:
                 raise
             return NO_MEMORY
 
-    def _guided(
-        self, key: StreamKey, boundary: int, terms: list[tuple[float, Entry]], guided: Sequence[float]
+    def _terms(
+        self, key: StreamKey, boundary: int, entries: list[Entry], forecast: Forecast, step: int, sigma: float
     ) -> list[tuple[float, Entry]]:
-        """The terms for a conditional stream: those of its unconditional one, and of the difference between the two.
+        """What is added up for a stream: its own entries, and those of the stream that it is guided away from."""
+        ages = [step - one.step for one in entries]
+        if forecast.guided and forecast.fits(ages):
+            guided = self._guided(key, boundary, entries, forecast)
+            if guided is not None:
+                return guided
+            self.unweighed, forecast = True, dataclasses.replace(forecast, fitted=())
+        return list(zip(forecast.weights([one.sigma for one in entries], sigma, ages), entries, strict=False))
 
-        Where there is not exactly one unconditional stream that was stored at the same steps, or a guider sets more than two
-        kinds against each other, they stay as they are.
+    def _guided(
+        self, key: StreamKey, boundary: int, entries: list[Entry], forecast: Forecast
+    ) -> list[tuple[float, Entry]] | None:
+        """The terms where guidance has weights of its own, for the difference between a stream and its unconditional one.
+
+        Without guidance the others hold for all. None unless one conditioning is set against one other, and both were stored
+        at the same steps: what is weighed as another stream should be leaves an error that guidance multiplies.
         """
-        if not isinstance(key, CallKey) or key.kind != POSITIVE:
-            return terms
-        beside = [
-            (other.kind, history) for (other, at), history in self._entries.items()
-            if at == boundary and isinstance(other, CallKey) and other.set_against == key.set_against
-        ]
-        others = [history for kind, history in beside if kind == NEGATIVE]
-        if len(others) != 1 or any(kind not in (POSITIVE, NEGATIVE) for kind, _ in beside):
-            return terms
-        pairs = list(zip(terms, others[0], guided, strict=False))
-        if len(pairs) < len(terms) or any(
-            (own.step, own.condition, own.anchored) != (other.step, other.condition, other.anchored)
-            for (_, own), other, _ in pairs
-        ):
-            return terms
-        return [term for (weight, own), other, more in pairs for term in ((more, own), (weight - more, other))]
+        own = key.whose if isinstance(key, CallKey) else None
+        if not isinstance(key, CallKey) or own is None:
+            return None
+        now = [(other, other.whose, history) for (other, at), history in self._entries.items()
+               if at == boundary and isinstance(other, CallKey) and history[0].step == entries[0].step]
+        plain = [(weight, entry) for (_, weight), entry in zip(forecast.fitted, entries, strict=False)]
+        if all(stream and stream.kind == POSITIVE for _, stream, _ in now):
+            return plain
+        stored = _stored(entries[: len(plain)])
+        met = [(stream, history) for other, stream, history in now
+               if stream and other.set_against == key.set_against and _stored(history[: len(plain)]) == stored]
+        if {stream.kind for stream, _ in met} != {POSITIVE, NEGATIVE}:
+            return None
+        negative = [(stream, history) for stream, history in met if stream.kind == NEGATIVE]
+        nearest = [one for one in negative if one[0].rest == own.rest] or negative
+        if len(nearest) > 1:
+            return None
+        if own.kind == NEGATIVE:
+            return plain
+        ((_, others),) = nearest
+        return [term for (weight, one), other, more in zip(plain, others, forecast.guided, strict=False)
+                for term in ((more, one), (weight - more, other))]
 
     def _combined(
         self,
@@ -342,6 +358,11 @@ class FeatureCache:
             self._entries[key, boundary] = history
         self.stored_bytes += sum(nbytes(entry.feature) for entry in history) - sum(nbytes(entry.feature) for entry in before)
         self.peak_bytes = max(self.peak_bytes, self.stored_bytes)
+
+
+def _stored(entries: Sequence[Entry]) -> list[Hashable]:
+    """When and how they were stored."""
+    return [(entry.step, entry.condition, entry.anchored) for entry in entries]
 
 
 def _copied(entry: Entry, rows: Sequence[int]) -> Entry:

@@ -239,10 +239,14 @@ class Visit:
             since = guard.since(self.plan.boundary)
             if self.state.open and guard.order is not None:
                 forecast = Forecast(anchored=True, order=guard.order)
-        return self.state.cache.predict(
+        predicted = self.state.cache.predict(
             keys, tap, self.plan.group, self.info.condition, self.moment.step, self.moment.sigma, forecast, current,
             self.info.device, since,
         )
+        if self.state.cache.unweighed and guard is None:
+            self.warnings.append("the policy was calibrated for one prompt against one negative: with these its forecasts are "
+                                 "less exact; if pictures change, set a quality beside it")
+        return predicted
 
     def at_output(self, index: int, passage: Passage) -> None:
         """Checks and measures on the first evaluation; stores where the plan wants it."""

@@ -74,9 +74,13 @@ export class AccelerateView {
   #statusOf(run) {
     const config = run?.config;
     if (!config?.boundary_label) return {};
-    const own = config.preset === "custom" && !config.policy ? ["start_percent", "end_percent", "window", "forecast"] : [];
+    const custom = config.preset === "custom" && !config.policy;
+    const own = custom ? ["start_percent", "end_percent", "window", "forecast"] : [];
+    if (custom && this.#value("boundary") !== -1) own.push("boundary"); // -1 leaves it to the model
     const same = ["preset", "group_size", ...own].every((name) => [undefined, config[name]].includes(this.#value(name)));
-    return same ? { status: { supported: true, message: "", effective: config } } : {};
+    const quality = this.#withoutQuality() ?? this.#value("quality");
+    if (!same || ![undefined, config.quality].includes(quality)) return {};
+    return { status: { supported: true, message: "", effective: config } };
   }
 
   /** Show again what this node showed before it was rebuilt. */

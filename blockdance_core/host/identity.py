@@ -31,7 +31,7 @@ def streams(options: dict[str, Any], caller: Hashable = None) -> tuple[Stream, .
         tuple(sorted(f"{name}:{key}" for name, patches in options.get("patches_replace", {}).items() for key in patches)),
     )
     chunks = zip(options.get("uuids", ()), options.get("cond_or_uncond", ()), strict=False)
-    return tuple(Stream(uuid, index, (frames, slots, caller)) for uuid, index in chunks)
+    return tuple(Stream(uuid, index, frames, (slots, caller)) for uuid, index in chunks)
 
 
 def control_shapes(control: dict[str, Any] | None) -> tuple[object, ...] | None:

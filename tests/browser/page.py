@@ -15,7 +15,7 @@ DECISIONS = ["compute"] * 12 + ["cache", "reuse"] * 8 + ["compute"] * 2
 EFFECTIVE: dict[str, Any] = {
     "preset": "auto", "group_size": 2, "start_percent": 0.4, "end_percent": 0.95, "window": "noise_level",
     "boundary": 20, "depth": 28, "boundary_label": "21 of 28 blocks", "forecast": "taylor", "cache_device": "auto",
-    "model_family": "PixArt",
+    "model_family": "PixArt", "quality": "off",
 }
 RUN: dict[str, Any] = {
     "schema_version": 1, "completed": True, "steps": STEPS,

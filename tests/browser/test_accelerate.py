@@ -105,6 +105,22 @@ def test_run_of_a_silent_node_gives_the_values_in_force_unless_they_were_changed
     assert page.widgets(1)["forecast"]["label"] == "forecast (paper)"
 
 
+@pytest.mark.parametrize(("preset", "settings", "known"), [
+    ("auto", {"quality": "balanced"}, False),
+    ("auto", {"quality": "off", "boundary": 5}, True),
+    ("custom", {"boundary": 5}, False),
+    ("custom", {"boundary": VALUES[6]}, True),
+])
+def test_run_of_other_settings_does_not_give_the_values_in_force(
+    page: NodePage, preset: str, settings: dict[str, object], known: bool
+) -> None:
+    page.load(accelerate(preset=preset))
+    config = {**EFFECTIVE, **dict(zip(page.widgets(1), VALUES, strict=True)), "preset": preset, **settings}
+    page.send("run", node_id="1", summary=SUMMARY, run={**RUN, "config": config})
+    told = "Skips 21 of 28 blocks" if known else "Values in force are shown after the next run."
+    expect(page.panel(1)).to_contain_text(told)
+
+
 def test_status_unsupported_model_gives_the_reason(page: NodePage) -> None:
     page.load(accelerate())
     reason = "No block list found in UNetModel (children: input_blocks). The model passes through unchanged."

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from typing import Any
+
 import pytest
 import torch
+from comfy.k_diffusion import sampling
 from comfy.samplers import SAMPLER_NAMES
 from harness import STEPS, accelerate, assert_close, last_run, model_of, reused_steps, runs
 from tiny import CASES, Case, count_calls, sample, sample_custom
@@ -71,6 +76,27 @@ def test_quality_watches_any_sampler_and_reuses_nothing_that_it_does_not_accept(
     assert torch.equal(sample(strict, sd3, **how), sample(model, sd3, **how))
     assert torch.isfinite(sample(lax, sd3, **how)).all()
     assert last_run(lax)["reused_calls"] > 0
+
+
+def test_noise_that_is_added_anew_ends_what_was_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As restart samplers do within one run: up again by some steps, with fresh noise."""
+    model, ran = model_of(sd3), []
+    monkeypatch.setitem(QUALITIES, "draft", math.inf)
+    accelerated = accelerate(model, preset="auto", quality="draft")
+
+    def restarting(denoise: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None, **_: Any) -> torch.Tensor:
+        for before, step in itertools.pairwise([0, *range(7), *range(3, STEPS)]):
+            x = x + 0.5 * torch.randn_like(x) if step < before else x
+            total = sum(counts)
+            denoised = denoise(x, sigmas[step] * x.new_ones(len(x)), **extra_args)
+            ran.append(sum(counts) > total)
+            x = denoised + (x - denoised) * sigmas[step + 1] / sigmas[step]
+        return x
+
+    monkeypatch.setattr(sampling, "sample_euler", restarting)
+    with count_calls(sd3.blocks(model.model.diffusion_model)) as counts:
+        assert torch.isfinite(sample(accelerated, sd3, steps=STEPS)).all()
+    assert [step for step, one in enumerate(ran) if one] == [0, 1, 7, 8], "two stored steps before, and two behind the noise"
 
 
 @pytest.mark.parametrize("sigmas", [[0.0, 0.0], [1.0, 0.0], [0.5], [1.0, 1.0, 1.0, 0.0], [0.5, 0.5]])
