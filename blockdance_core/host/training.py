@@ -178,7 +178,8 @@ def further(like: Prompt, lines: str, clip: Any) -> tuple[list[Prompt], list[str
     """Prompts of one sample, one for each line that is not empty, with seeds of their own.
 
     Args:
-        like: How they are sampled; its negative conditioning and its empty latent serve them.
+        like: How they are sampled; its negative conditioning and its empty latent serve them, and the numbers that stand in
+            its positive one, such as the guidance of Flux.
         lines: The prompts.
         clip: The host's CLIP.
 
@@ -193,9 +194,13 @@ def further(like: Prompt, lines: str, clip: Any) -> tuple[list[Prompt], list[str
         raise ValueError("prompts need a text encoder: connect clip, or leave them empty.")
     single = dataclasses.replace(like, latent=like.latent[:1], batch_index=None,
                                  noise_mask=None if like.noise_mask is None else like.noise_mask[:1])
+    numbers = {name: value for name, value in like.positive[0][1].items() if isinstance(value, int | float)}
+
+    def encoded(text: str) -> list[Any]:
+        return [[tokens, {**numbers, **more}] for tokens, more in clip.encode_from_tokens_scheduled(clip.tokenize(text))]
+
     return [
-        dataclasses.replace(single, positive=clip.encode_from_tokens_scheduled(clip.tokenize(text)),
-                            seed=(like.seed + 1 + k) % 2**64)
+        dataclasses.replace(single, positive=encoded(text), seed=(like.seed + 1 + k) % 2**64)
         for k, text in enumerate(texts)
     ], texts
 

@@ -158,6 +158,14 @@ def test_seeds_and_masks_of_further_prompts_fit_one_sample(measured: Any) -> Non
     assert further(like, " \n", None) == ([], [])
 
 
+def test_further_prompts_have_the_numbers_of_the_first(measured: Any) -> None:
+    """As FluxGuidance sets one."""
+    ((tokens, more), *_) = measured.prompts[0].positive
+    like = dataclasses.replace(measured.prompts[0], positive=[[tokens, {**more, "guidance": 2.5}]])
+    ((one,), _) = further(like, "a", Clip())
+    assert [values["guidance"] for _, values in one.positive] == [2.5]
+
+
 def test_further_prompts_need_a_text_encoder(node: Any, measured: Any) -> None:
     with pytest.raises(ValueError, match="prompts need a text encoder: connect clip, or leave them empty"):
         node.execute(**inputs(measured, prompts="a fox"))
