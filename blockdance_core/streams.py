@@ -111,7 +111,8 @@ class FeatureCache:
         device: Where entries are kept; None for where they are computed.
         stored_bytes: Bytes stored now.
         peak_bytes: Most bytes stored so far.
-        unweighed: Whether a forecast was made without the weights that it has for one conditioning set against one other.
+        unweighed: Whether a stream was forecast without weights that hold for one conditioning set against one other, as it
+            is of another kind.
     """
 
     def __init__(self, anchored: bool, keep: int) -> None:
@@ -216,7 +217,8 @@ class FeatureCache:
             guided = self._guided(key, boundary, entries, forecast)
             if guided is not None:
                 return guided
-            self.unweighed, forecast = True, dataclasses.replace(forecast, fitted=())
+            self.unweighed |= isinstance(key, CallKey) and key.whose is not None
+            forecast = dataclasses.replace(forecast, fitted=())
         return list(zip(forecast.weights([one.sigma for one in entries], sigma, ages), entries, strict=False))
 
     def _guided(
