@@ -229,8 +229,7 @@ class FeatureCache:
         Without guidance the others hold for all. None unless one conditioning is set against one other, and both were stored
         at the same steps: what is weighed as another stream should be leaves an error that guidance multiplies.
         """
-        own = key.whose if isinstance(key, CallKey) else None
-        if not isinstance(key, CallKey) or own is None:
+        if not isinstance(key, CallKey) or (own := key.whose) is None:
             return None
         now = [(other, other.whose, history) for (other, at), history in self._entries.items()
                if at == boundary and isinstance(other, CallKey) and history[0].step == entries[0].step]
