@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from typing import Any
 
 from host.server import REPO
 from playwright.sync_api import ConsoleMessage, Locator, Page
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 EXTENSION = f"/extensions/{REPO.name}/"
 STEPS = 30
@@ -141,12 +143,17 @@ class NodePage:
             rows.filter(has_text=name).first.get_by_role("combobox").click()
             self.page.get_by_role("option", name=value, exact=True).click()
             return
-        x, y = self.js(
-            "([number, name]) => { const { canvas } = window.app, node = canvas.graph.getNodeById(number); "
-            "const widget = node.widgets.find(w => w.name === name), box = canvas.canvas.getBoundingClientRect(); "
-            "const at = (x, y) => [(x + canvas.ds.offset[0]) * canvas.ds.scale + box.left, "
-            "(y + canvas.ds.offset[1]) * canvas.ds.scale + box.top]; "
-            "return at(node.pos[0] + node.size[0] / 2, node.pos[1] + widget.y + 10); }", [number, name],
-        )
-        self.page.mouse.click(x, y)
-        self.page.locator(".litecontextmenu .litemenu-entry").filter(has_text=value).click()
+        entry = self.page.locator(".litecontextmenu .litemenu-entry").filter(has_text=value)
+        for _ in range(10):  # a click finds the widget where it was last drawn: not yet, on a page just opened or busy
+            x, y = self.js(
+                "([number, name]) => { const { canvas } = window.app, node = canvas.graph.getNodeById(number); "
+                "const widget = node.widgets.find(w => w.name === name), box = canvas.canvas.getBoundingClientRect(); "
+                "const at = (x, y) => [(x + canvas.ds.offset[0]) * canvas.ds.scale + box.left, "
+                "(y + canvas.ds.offset[1]) * canvas.ds.scale + box.top]; "
+                "return at(node.pos[0] + node.size[0] / 2, node.pos[1] + widget.y + 10); }", [number, name],
+            )
+            self.page.mouse.click(x, y)
+            with contextlib.suppress(PlaywrightTimeout):
+                entry.wait_for(timeout=2_000)
+                break
+        entry.click()
