@@ -23,7 +23,7 @@ import torch
 from blockdance_core.calibration import Profile
 from demo import options as common
 from demo.bench.runner import batches
-from demo.loader import MODELS, load_demo
+from demo.loader import MODELS, POLICIES, load_demo
 
 BATCH = 4
 _SEEDS = {"profile": 1_000_000, "checks": 2_000_000, "proofs": 3_000_000}
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(given)
     common.begin(options, *(() if torch.cuda.is_available() else ("--cpu",)))
     demo = load_demo(options.model)
-    out = options.out or common.POLICIES / f"{options.model}.safetensors"
+    out = options.out or POLICIES / f"{options.model}.safetensors"
     for steps in options.steps or [None]:
         calibrate(demo, common.fitted(options, options.model, steps), out, common.command("calibrate", given))
     return 0

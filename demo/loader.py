@@ -18,6 +18,7 @@ from . import autoencoder, scenes, text
 from .architectures import ARCHITECTURES, Architecture
 
 FOLDER = pathlib.Path(__file__).parent / "models"
+POLICIES = pathlib.Path(__file__).parent / "policies"
 SCHEMA_VERSION = 2
 MODELS = tuple(name for name in ARCHITECTURES if (FOLDER / f"{name}.safetensors").is_file())
 AUTOENCODER = "autoencoder"  # shared by all models

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import folder_paths
 from comfy_api.latest import io
 
-from .loader import MODELS
+from .loader import MODELS, POLICIES
 
 if TYPE_CHECKING:
     from .loader import DemoText
@@ -89,5 +90,6 @@ class BlockDanceDemoLatent(io.ComfyNode):
 
 
 def demo_nodes() -> list[type[io.ComfyNode]]:
-    """The node classes to register."""
+    """The node classes to register. Adds the demo models' policies to what BlockDanceLoadPolicy lists."""
+    folder_paths.add_model_folder_path("blockdance", str(POLICIES))
     return [BlockDanceDemoLoader, BlockDanceDemoCaption, BlockDanceDemoLatent]

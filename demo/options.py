@@ -1,4 +1,4 @@
-"""What the programs of the demo models have in common: where policies lie, how a model is sampled, what the record says."""
+"""What the programs of the demo models have in common: how a model is sampled, what the record says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import logging
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ import torch
 from demo.architectures import ARCHITECTURES
 from demo.hosting import launcher
 
-POLICIES = Path(__file__).parent / "policies"
 PLACES = ("--out", "--json", "--resume", "--policy")
 """Options that say where files lie on this machine, which is of no interest to others."""
 

@@ -15,7 +15,7 @@ from blockdance_core.host import processes
 from blockdance_core.host import train_policy as command
 from demo import options as common
 from demo.bench.runner import batches
-from demo.loader import MODELS, load_demo
+from demo.loader import MODELS, POLICIES, load_demo
 
 _SEED = 5_000_000
 """Noise of neither the calibration nor the benchmark."""
@@ -55,11 +55,11 @@ def _train(options: argparse.Namespace, line: str) -> dict[str, Any] | None:
     from blockdance_core.policy import load
 
     demo = load_demo(options.model)
-    base = load(options.policy or common.POLICIES / f"{options.model}.safetensors")
+    base = load(options.policy or POLICIES / f"{options.model}.safetensors")
     design, settings = command.chosen(options, depth_of(demo.model))
     first = _SEED + 1000 * options.seed
     prompts, texts = batches(demo, options, "train", options.prompts, options.batch, first, first)
-    out = options.out or common.POLICIES / f"{options.model}-ada.safetensors"
+    out = options.out or POLICIES / f"{options.model}-ada.safetensors"
     with command.console() as progress:
         _, record = train(
             demo.model, prompts, out, base, design, settings, by_name(options.reward, demo.vae), texts,

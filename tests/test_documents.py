@@ -15,7 +15,7 @@ from blockdance_core.config import Config
 from blockdance_core.families import Family, declared
 from demo.architectures import ARCHITECTURES
 from demo.bench import page as bench_page
-from demo.options import POLICIES
+from demo.loader import POLICIES
 
 DOCUMENTS = [REPO / "README.md", REPO / "CHANGELOG.md", *sorted(REPO.glob("docs/*.md")), *sorted(REPO.glob("demo/**/*.md"))]
 README = (REPO / "README.md").read_text(encoding="utf-8")

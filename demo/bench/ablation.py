@@ -23,7 +23,7 @@ from tqdm import tqdm
 from demo import calibrate
 from demo.bench import runner
 from demo.bench.figures import bootstrap
-from demo.options import POLICIES
+from demo.loader import POLICIES
 
 TAIL = "0.75"
 """A boundary with a tail of live blocks behind it, as a share of the depth."""

@@ -18,7 +18,7 @@ import torch
 
 from demo.bench import runner
 from demo.bench.figures import RESAMPLES, bootstrap, tenth_gain, worst_tenth
-from demo.options import POLICIES
+from demo.loader import POLICIES
 
 
 def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:

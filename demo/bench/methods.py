@@ -14,7 +14,7 @@ from typing import Any
 
 from blockdance_core.schedule import Plan, Reuse
 from demo.bench import rivals
-from demo.options import POLICIES
+from demo.loader import POLICIES
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2)
 MULTISTEP = ("dpmpp_2m", "uni_pc", "res_multistep")

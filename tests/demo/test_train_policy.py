@@ -24,7 +24,7 @@ from blockdance_core.host.training import PUBLISHED, Design
 from blockdance_core.policy import AdaptivePolicy, load
 from blockdance_core.policy.training import Settings
 from demo import train_policy
-from demo.options import POLICIES
+from demo.loader import POLICIES
 
 SMALL = ["--steps", "20", "--prompts", "4", "--batch", "2", "--epochs", "2", "--tradeoffs", "1", "8", "--threads", "1"]
 

@@ -187,6 +187,7 @@ def test_policy_file_is_listed_loaded_and_loaded_again_when_it_changes(client: C
     saved("..........")
     listed = client.get("/object_info/BlockDanceLoadPolicy")["BlockDanceLoadPolicy"]["input"]["required"]["policy_name"]
     assert "tiny.safetensors" in json.dumps(listed)
+    assert "sd3-mini.safetensors" in json.dumps(listed), "the policies of the demo models are listed too"
     settings = {"steps": 10, "sampler_name": "euler", "scheduler": "simple"}
     full = client.latent(client.queue(1, TINY, enabled=False, **settings))
     assert client.latent(client.queue(1, prompt, **settings)) == full
