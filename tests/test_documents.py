@@ -54,6 +54,12 @@ def test_page_of_benchmarks_is_the_one_that_the_figures_make(request: pytest.Fix
     assert all((bench_page.DOCS / group.picture).is_file() for group in bench_page.groups(data))
 
 
+def test_readme_has_the_tables_of_the_benchmarks() -> None:
+    data = json.loads(bench_page.JSON.read_text(encoding="utf-8"))
+    for table in (bench_page.largest_cuts(data), bench_page.qualities(data)):
+        assert "\n".join(table) in README, "copy both tables of 'At a glance' from docs/benchmarks.md"
+
+
 def test_figures_of_calibrated_policies_are_of_the_policies_that_are_shipped() -> None:
     levels = {
         (name, entry.steps, f"cut={cut:.3f}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from blockdance_core.config import QUALITIES
 from demo.architectures import ARCHITECTURES
 from demo.bench import ablation, adaptive, latency, methods, real_size, tails
 from demo.bench.figures import GOALS, PSNR_CAP, Duel, duel
@@ -24,6 +25,14 @@ REACHABLE = (
 CONDITIONS = ("model", "steps", "sampler", "scheduler", "cfg", "split", "difficulty", "seed", "batch", "n", "threads")
 """What points must have in common to be compared."""
 KEY = (*CONDITIONS, "method", "setting")
+_OTHERS = "best other cache"
+_MEANS: dict[str, Callable[[str], bool]] = {
+    "a calibrated policy": lambda method: method == "ours-calibrated",
+    "a **quality**": lambda method: method == "ours-guarded",
+    "N": lambda method: method == "ours-auto",
+    _OTHERS: lambda method: not method.startswith((OURS, "fewer-steps", "chosen-steps")),
+    "fewer steps": lambda method: method == "fewer-steps",
+}
 DUELS = (0.15, 0.80)
 """Rival points of a cut between these are compared with ours."""
 _OUTCOMES = ("win", "tie", "loss", "out of reach")
@@ -147,10 +156,39 @@ def render(data: dict[str, Any]) -> str:
     """The whole page, from the figures."""
     return "\n".join([
         "# Benchmarks", "", f"Made by `{UPDATE}` from [benchmarks.json](benchmarks.json).", "",
-        *_method(data), *_goals(data), *_summary(data),
+        *_glance(data), *_method(data), *_goals(data), *_summary(data),
         *(line for group in groups(data) for line in _section(group)),
         *_adaptive(data), *_ablation(data), *_sweeps(data), *_missing(data),
     ])
+
+
+def _glance(data: dict[str, Any]) -> Iterator[str]:
+    if groups(data):
+        yield from ("## At a glance", "", f"The largest cut that keeps a mean SSIM of {GOALS[0].ssim:g} to the full run:", "")
+        yield from (*largest_cuts(data), "", "Mean SSIM, and cut, of every quality:", "", *qualities(data), "")
+
+
+def largest_cuts(data: dict[str, Any]) -> Iterator[str]:
+    """A table, also of the README: the most that each means saves at the first goal's SSIM."""
+    yield from _header("Model", "Steps", *_MEANS)
+    for group in groups(data):
+        points = [[point for point in group.points if of(point["method"])] for of in _MEANS.values()]
+        best = [GOALS[0].best(one) for one in points]
+        cells = (
+            f"{most['cut']:.0%}" + (f" ({most['method']})" if name == _OTHERS else "") if most else "none"
+            for name, most in zip(_MEANS, best, strict=True)
+        )
+        yield f"| {group.cells} | {' | '.join(cells)} |"
+
+
+def qualities(data: dict[str, Any]) -> Iterator[str]:
+    """A table, also of the README: what the guard keeps and saves at each quality."""
+    names = [name for name in QUALITIES if name != "off"]
+    yield from _header("Model", "Steps", *(f"`{name}`" for name in names))
+    for group in groups(data):
+        found = {point["setting"]: point for point in group.points if point["method"] == "ours-guarded"}
+        cells = (f"{found[name]['ssim']:.4f} ({found[name]['cut']:.0%})" if name in found else "-" for name in names)
+        yield f"| {group.cells} | {' | '.join(cells)} |"
 
 
 def _method(data: dict[str, Any]) -> Iterator[str]:

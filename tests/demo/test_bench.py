@@ -203,6 +203,18 @@ def test_page_says_which_goals_are_met_and_which_rivals_are_beaten() -> None:
         assert not line.startswith("|") or line.endswith("|")
 
 
+def test_page_begins_with_the_largest_cut_of_each_means_and_what_every_quality_keeps() -> None:
+    of = [
+        ("ours-calibrated", 0.5, 0.995), ("ours-calibrated", 0.7, 0.98), ("fora", 0.4, 0.99), ("magcache", 0.3, 0.999),
+        ("chosen-steps", 0.8, 0.999), ("fewer-steps", 0.2, 0.99), ("fewer-steps-uni_pc", 0.6, 0.999), ("ours-auto", 0.3, 0.9),
+    ]
+    points = [_point(method, cut, [ssim]) for method, cut, ssim in of]
+    text = page.render({**_data(), "points": [*points, _point("ours-guarded", 0.25, [0.985], setting="draft")]})
+    assert "| sd3-mini | 20 | 50% | none | none | 40% (fora) | 20% |" in text
+    assert "| sd3-mini | 20 | - | - | - | 0.9850 (25%) | - |" in text
+    assert text.index("## At a glance") < text.index("## How it was measured")
+
+
 def test_plot_is_readable_at_800_pixels(tmp_path) -> None:
     from PIL import Image
 
