@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from blockdance_core.forecast import FORECASTS
+
 if TYPE_CHECKING:
     from blockdance_core.schedule import Schedule
 
 PRESETS = ("auto", "paper", "custom")
 WINDOWS = ("noise_level", "steps")
-FORECASTS = ("taylor", "taylor2", "delta", "hold")
 CACHE_DEVICES = ("auto", "gpu", "cpu")
 QUALITIES = {"off": math.inf, "strict": 0.1, "near-lossless": 0.2, "balanced": 0.3, "draft": 0.45, "sketch": 0.8}
 """Largest error of a forecast that is injected: a share of the slope, or of what the blocks contribute (root mean square), in
@@ -38,6 +39,10 @@ class Policy(Protocol):
     @property
     def boundary(self) -> int | None:
         """The largest boundary that it may choose, the number of blocks for the whole model; None if it never reuses."""
+
+    @property
+    def wanted(self) -> float:
+        """The share of the time that it may save; 0 where N says so."""
 
     def check(self, family: str, depth: int) -> None:
         """Raise a `ConfigError` unless it is for a model of this family and depth."""
@@ -121,8 +126,8 @@ class Config:
         return self.active and self.quality != "off" and (self.policy is not None or makes)
 
     @property
-    def open(self) -> bool:
-        """Whether the guard alone decides."""
+    def guard_alone(self) -> bool:
+        """Whether the guard alone decides which steps reuse."""
         return self.guarded and self.policy is None and self.preset == "auto"
 
 
@@ -131,7 +136,7 @@ class Defaults:
     """The recommended values of a model family.
 
     Attributes:
-        paper_window: Window of the `paper` preset, shares of executed steps (method, section 2).
+        paper_window: Window of the `paper` preset, shares of executed steps.
         window: Window of the `auto` preset, shares of the noise level.
         boundary_share: The boundary as a share of depth: round(share * L) - 1.
         forecast: Forecast of the `auto` preset.
@@ -182,7 +187,7 @@ class Effective:
 
 
 def resolve(config: Config, defaults: Defaults, depth: int) -> Effective:
-    """Apply precedence (design.md) to the settings of one model.
+    """Apply precedence to the settings of one model: off, the policy, the preset, the single values.
 
     Args:
         config: What the user asked for.
@@ -206,7 +211,7 @@ def resolve(config: Config, defaults: Defaults, depth: int) -> Effective:
     policy = config.policy if config.active else None
     if policy is not None and policy.boundary is not None:
         boundary = policy.boundary
-    elif config.open:
+    elif config.guard_alone:
         start, end, boundary = 0.0, 1.0, depth
     return Effective(
         preset=config.preset,
@@ -219,7 +224,7 @@ def resolve(config: Config, defaults: Defaults, depth: int) -> Effective:
         forecast=forecast,
         cache_device=config.cache_device,
         policy=policy.name if policy is not None else None,
-        policy_cut=getattr(policy, "wanted", 0.0),
+        policy_cut=policy.wanted if policy is not None else 0.0,
         quality=config.quality if config.guarded else "off",
     )
 

@@ -82,9 +82,9 @@ class Forecast:
 
 
 FORECASTS = {
-    "hold": Forecast(anchored=False),
-    "delta": Forecast(anchored=True),
     "taylor": Forecast(anchored=True, order=1),
     "taylor2": Forecast(anchored=True, order=2),
+    "delta": Forecast(anchored=True),
+    "hold": Forecast(anchored=False),
 }
-"""By the name of the widget. `hold` is the published method (section 2); the others see the current latent."""
+"""As the widget has them. `hold` is the published method; the others see the current latent."""

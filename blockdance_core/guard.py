@@ -90,13 +90,12 @@ class Guard:
 
     Args:
         tolerance: Largest error that is accepted, see `config.QUALITIES`.
-        kept: Features kept of a stream: a forecast has at most one order less.
         accepted: How much of the tolerance an error may take, for each step.
         lead: So many steps at the beginning are computed.
     """
 
-    def __init__(self, tolerance: float, kept: int, accepted: Sequence[float], lead: int = 0) -> None:
-        self.tolerance, self.kept, self.accepted, self.lead = tolerance, kept, accepted, lead
+    def __init__(self, tolerance: float, accepted: Sequence[float], lead: int = 0) -> None:
+        self.tolerance, self.accepted, self.lead = tolerance, accepted, lead
         self.order: int | None = None  # of the forecast to inject in this step; None to compute it
         self._streams: dict[tuple[int, Hashable], _Stream] = {}
         self._computed: dict[int, int] = {}
@@ -165,7 +164,7 @@ class Guard:
         for one in streams:
             one.resolve()
         self._new += not all(one.rates for one in streams)
-        known = [order for order in orders if order < self.kept and all(order in one.rates for one in streams)]
+        known = [order for order in orders if all(order in one.rates for one in streams)]
         whole = sum(one.whole for one in streams)
         if not whole > 0:
             return {}

@@ -269,13 +269,12 @@ class _Hook:
 @contextlib.contextmanager
 def _forward_replaced(module: nn.Module, call: _Call, index: int) -> Iterator[None]:
     # Other packs leave an instance attribute `forward` on blocks; it is what runs inside ours, and it is put back.
-    missing = object()
-    before = module.__dict__.get("forward", missing)
+    before = module.__dict__.get("forward", _MISSING)
     module.forward = _Hook(call, index, module.forward)
     try:
         yield
     finally:
-        if before is missing:
+        if before is _MISSING:
             module.__dict__.pop("forward", None)
         else:
             module.forward = before

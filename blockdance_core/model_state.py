@@ -17,7 +17,7 @@ from blockdance_core.interception import taps
 from blockdance_core.policy.adaptive import Part, parts_of
 from blockdance_core.schedule import Schedule, Step, build
 from blockdance_core.streams import FeatureCache
-from blockdance_core.visit import CallInfo
+from blockdance_core.visit import CallInfo, Moment
 
 _LEAD = 1 / 8
 """Share of the steps that are computed first where nothing but the guard decides."""
@@ -42,11 +42,22 @@ class Choice:
     milliseconds: float
 
 
+def in_force(config: Config, match: families.Match) -> Effective:
+    """What the settings mean for a model.
+
+    Raises:
+        ConfigError: The boundary is outside the depth of the model, or the policy is for another model.
+    """
+    if config.active and config.policy is not None:
+        config.policy.check(match.family.name, len(match.blocks))
+    return resolve(config, match.family.defaults, len(match.blocks))
+
+
 def planned(config: Config, effective: Effective, levels: Sequence[float], sampler: str) -> Schedule:
     """The plan of a run: off goes before the policy, the policy before the preset."""
     if config.active and config.policy is not None:
         return config.policy.schedule(levels, sampler, config.group_size)
-    return build(effective, levels, everywhere=config.open)
+    return build(effective, levels, everywhere=config.guard_alone)
 
 
 def kept(config: Config, schedule: Schedule) -> int:
@@ -60,18 +71,22 @@ class ModelState:
     def __init__(
         self, config: Config, diffusion_model: nn.Module, levels: Sequence[float], accepted: Sequence[float], sampler: str
     ) -> None:
-        """Match the model and plan the run; a model that cannot be accelerated gets a plan without reuse."""
-        self.family, self.blocks = families.find(diffusion_model)
-        self.effective: Effective = resolve(config, self.family.defaults, len(self.blocks))
-        if config.active and config.policy is not None:
-            config.policy.check(self.family.name, len(self.blocks))
+        """Match the model and plan the run.
+
+        Raises:
+            UnsupportedModelError: No list of blocks that can be skipped was found.
+            ConfigError: The boundary is outside the depth of the model, or the policy is for another model.
+        """
+        match = families.find(diffusion_model)
+        self.family, self.blocks = match
+        self.effective = in_force(config, match)
         self.schedule: Schedule = planned(config, self.effective, levels, sampler)
         self.cache = FeatureCache(self.schedule.anchored, kept(config, self.schedule))
         self.guard: Guard | None = None
-        self.open = config.open
+        self.guard_alone = config.guard_alone
         if config.guarded:
-            lead = math.ceil(_LEAD * (len(levels) - 1)) if config.open else 0
-            self.guard = Guard(QUALITIES[config.quality], self.cache.keep, accepted, lead)
+            lead = math.ceil(_LEAD * (len(levels) - 1)) if config.guard_alone else 0
+            self.guard = Guard(QUALITIES[config.quality], accepted, lead)
         self.broken: str | None = None
         self.first_evaluation: int | None = None
         self.predicted_bytes = 0
@@ -100,21 +115,27 @@ class ModelState:
         several = self.apart or not info.streams or self.tapped == (self.depth,)
         return info if several else info._replace(streams=(info.streams,), rows=1)
 
-    def enter(self, group: int | None, step: int) -> None:
+    def enter(self, group: int | None, moment: Moment) -> None:
         """A call of `group` begins; at the start of a new one, streams unseen for the whole group before are dropped.
 
         Where the guard decides alone, all steps are of one group: there a group begins with each step that it computes.
         """
-        if group is not None and self.open and self.guard is not None:
+        if self.first_evaluation is None:
+            self.first_evaluation = moment.evaluation
+        if group is not None and self.guard_alone and self.guard is not None:
             group = self.guard.computed
         if group is not None and group != self.group:
             self.group = group
-            self.group_starts = [self.group_starts[-1], step]
+            self.group_starts = [self.group_starts[-1], moment.step]
             self.cache.drop_unseen(self.group_starts[0])
 
     def orders(self, plan: Step) -> Sequence[int]:
-        """Orders of the forecast that the guard may choose from: a plan that was made by someone keeps its own."""
-        return ORDERS if self.open or plan.forecast is None else (plan.forecast.order,)
+        """Orders of the forecast that the guard may choose from: a plan that was made by someone keeps its own.
+
+        None has more than the features that are kept allow.
+        """
+        orders = ORDERS if self.guard_alone or plan.forecast is None else (plan.forecast.order,)
+        return [order for order in orders if order < self.cache.keep]
 
     @property
     def apart(self) -> bool:
@@ -175,7 +196,9 @@ class ModelState:
         self.first_evaluation, self.predicted_bytes, self.placed = None, 0, False
 
     def place(self, info: CallInfo) -> tuple[str, ...]:
-        """Choose where features are kept, now that their size is known; returns warnings."""
+        """Choose once where features are kept, when their size is known; returns warnings."""
+        if self.placed:
+            return ()
         self.placed = True
         choice, predicted, cache = self.effective.cache_device, self.predicted_bytes, self.cache
         cache.limit = _LIMIT * predicted

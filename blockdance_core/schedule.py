@@ -23,7 +23,7 @@ class Step:
             None on a compute step.
         group: Number of the group; a feature is valid only inside the group it was stored in. None on a compute step.
         record: Boundaries whose feature a later reuse step needs from this step.
-        forecast: What a reuse step injects; None on the others.
+        forecast: What a reuse step injects.
     """
 
     decision: str = COMPUTE
@@ -72,7 +72,7 @@ class Schedule:
         return min(self.needed, sum(bool(step.record) for step in self.steps))
 
     def cut(self, depth: int) -> float:
-        """Arithmetic cut (method, section 4): share of reuse steps times share of blocks skipped."""
+        """Arithmetic cut: share of reuse steps times share of blocks skipped."""
         skipped = sum(min((step.boundary or 0) + 1, depth) for step in self.steps if step.decision == REUSE)
         return skipped / (depth * len(self.steps)) if self.steps else 0.0
 
@@ -139,7 +139,7 @@ def build(effective: Effective, levels: Sequence[float], everywhere: bool = Fals
         two samplers) computes at least its first two steps. A `noise_level` window also computes at least
         `start_percent / 2` of the executed steps first: on some schedulers 40 % noise level comes after one step.
 
-    Source: method, section 2 (groups, window); design.md, "Steps, window, groups" and "Few steps".
+    Source of groups and window: Zhang et al., BlockDance, arXiv 2503.15927; the rest is ours.
     """
     count = max(len(levels) - 1, 0)
     inside = _window(effective, levels, count)

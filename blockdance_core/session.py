@@ -103,23 +103,21 @@ class Session:
 
     @contextlib.contextmanager
     def evaluation(
-        self, sigma: float, condition: Hashable = None, shape: Sequence[int] | None = None,
-        latent: torch.Tensor | None = None,
+        self, sigma: float, condition: Hashable = None, latent: torch.Tensor | None = None
     ) -> Iterator[None]:
         """Wraps one evaluation of the model, of one or more calls; its streams are numbered afresh.
 
         Args:
             sigma: Noise level.
             condition: What else must not change between storing and reusing, such as the ControlNets in force.
-            shape: Of the whole latent, if known.
-            latent: [B, C, ...], if known.
+            latent: The whole of it [B, C, ...], if known.
         """
         # Where a stream is evaluated more or less often than last time, numbers may have shifted: then nothing is reused.
         shifted = any(self._numbers.get(stream, count) != count for stream, count in self._occurrences.items())
         self._numbers = dict(self._occurrences)
         self._occurrences.clear()
-        grown = shape is not None and shape != self.shape
-        self.shape = shape if grown else self.shape
+        grown = latent is not None and latent.shape != self.shape
+        self.shape = latent.shape if latent is not None else self.shape
         step = step_of(self.sigmas, sigma, self.step)
         # Further back than a sampler looks ahead goes one that adds noise anew (restart sampling).
         renoised = step < self.step - 1

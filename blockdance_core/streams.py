@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,10 +12,6 @@ from torch import Tensor
 
 from blockdance_core.forecast import Forecast
 from blockdance_core.interception import Feature, nbytes
-
-StreamKey = Hashable
-"""Tells one stream of evaluations from every other: model, conditioning, window, occurrence, patches, shape, device."""
-
 
 POSITIVE, NEGATIVE = 0, 1
 
@@ -35,8 +32,8 @@ class Stream(NamedTuple):
     rest: Hashable
 
 
-class CallKey(NamedTuple):
-    """The stream of one chunk of a call, where it holds one row for each sample.
+class StreamKey(NamedTuple):
+    """Tells one stream of evaluations from every other: that of one chunk of a call.
 
     Attributes:
         stream: Model, stream and occurrence.
@@ -67,27 +64,37 @@ class CallKey(NamedTuple):
         return self
 
 
-@dataclasses.dataclass
-class Entry:
-    """What one stream stored at one step.
+class Place(NamedTuple):
+    """Where a run stands when a feature is stored, or forecast.
 
     Attributes:
         step: Index of the executed step.
-        group: The group it is valid in; elsewhere it only serves as history.
+        group: The group that a feature is valid in; elsewhere it only serves as history.
         condition: What else it is valid under, such as the shapes of control residuals.
         sigma: Noise level at the evaluation.
-        anchored: Whether `feature` is a residual against the input of block 0, or the boundary output itself.
-        feature: Components [rows, tokens, width]; of the whole model its one slope [rows, C, ...].
-        whole: Whether `feature` is the slope that the whole model gives, rather than the output of a block.
     """
 
     step: int
     group: int | None
     condition: Hashable
     sigma: float
+
+
+@dataclasses.dataclass
+class Entry:
+    """What one stream stored at one step.
+
+    Attributes:
+        at: Where the run stood.
+        anchored: Whether `feature` is a residual against the input of block 0, or the boundary output itself.
+        feature: Components [rows, tokens, width]; of the whole model its one slope [rows, C, ...].
+        whole: Whether `feature` is the slope that the whole model gives, rather than the output of a block.
+    """
+
+    at: Place
     anchored: bool
     feature: Feature
-    whole: bool = False
+    whole: bool
 
 
 NOTHING_STORED = "nothing stored for this conditioning in this group (it is new, or its shape, control or patches changed)"
@@ -95,10 +102,16 @@ NOTHING_STORED = "nothing stored for this conditioning in this group (it is new,
 NO_MEMORY = "no memory left for the cache"
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed. Not every device has a class for that: on the CPU, only the message tells."""
-    named = isinstance(error, torch.cuda.OutOfMemoryError)  # the name that older releases of torch have, too
-    return named or any(text in str(error) for text in ("out of memory", "DefaultCPUAllocator"))
+@contextlib.contextmanager
+def memory_permitting() -> Iterator[None]:
+    """Where an allocation fails, what is inside ends there, and nothing is raised: what comes behind says what then."""
+    try:
+        yield
+    except RuntimeError as error:
+        named = isinstance(error, torch.cuda.OutOfMemoryError)  # the name that older releases of torch have, too
+        # Not every device has a class for that: on the CPU, only the message tells.
+        if not named and not any(text in str(error) for text in ("out of memory", "DefaultCPUAllocator")):
+            raise
 
 
 class FeatureCache:
@@ -127,45 +140,40 @@ class FeatureCache:
         self._seen: dict[StreamKey, int] = {}
 
     def store(
-        self, key: StreamKey, boundary: int, entry: Entry, output: Feature, base: Feature | None
-    ) -> str | None:
+        self, key: StreamKey, boundary: int, at: Place, output: Feature, base: Feature | None, whole: bool = False
+    ) -> Entry | str:
         """Store the output of the boundary block for one stream, or its residual against `base`; or a slope.
 
         Args:
             key: The stream.
             boundary: Block index of the output.
-            entry: Step, group, condition and sigma; its feature is filled in here.
+            at: Where the run stands.
             output: Raw output of the boundary block, rows of this stream only. Never kept by reference.
             base: Input of block 0 in the same layout; None to store the output itself.
+            whole: Whether it is a slope.
 
         Returns:
-            Why nothing was stored, or None. Running out of memory here is such a reason; it is not raised.
+            What was stored; or why nothing was. Running out of memory here is such a reason; it is not raised.
         """
-        self._seen[key] = entry.step
+        self._seen[key] = at.step
         history = [old for old in self._entries.get((key, boundary), [])
-                   if old.step != entry.step and old.condition == entry.condition][: self.keep - 1]
+                   if old.at.step != at.step and old.at.condition == at.condition][: self.keep - 1]
         self._replace(key, boundary, history)
         if self.stored_bytes + nbytes(output) > self.limit:
             return f"the cache is at its limit of {self.limit / 2**20:.0f} MiB"
-        entry.anchored = base is not None and all(_fits(part, of) for part, of in zip(output, base, strict=True))
-        bases = base if entry.anchored and base is not None else (None,) * len(output)
-        try:
-            entry.feature = tuple(self._kept(part, of) for part, of in zip(output, bases, strict=True))
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            return NO_MEMORY
-        self._replace(key, boundary, [entry, *history])
-        return None
+        anchored = base is not None and all(_fits(part, of) for part, of in zip(output, base, strict=True))
+        bases = base if anchored and base is not None else (None,) * len(output)
+        with memory_permitting():
+            entry = Entry(at, anchored, tuple(self._kept(part, of) for part, of in zip(output, bases, strict=True)), whole)
+            self._replace(key, boundary, [entry, *history])
+            return entry
+        return NO_MEMORY
 
     def predict(
         self,
         keys: Sequence[StreamKey],
         boundary: int,
-        group: int | None,
-        condition: Hashable,
-        step: int,
-        sigma: float,
+        at: Place,
         forecast: Forecast,
         current: Feature | None,
         device: torch.device | None = None,
@@ -176,10 +184,8 @@ class FeatureCache:
         Args:
             keys: One stream per equal chunk of rows, in batch order.
             boundary: Block index to forecast.
-            group: The group of this step; a stream that stored nothing in it has no forecast.
-            condition: What holds now; a stream whose last feature was stored under another one has no forecast.
-            step: Index of the executed step.
-            sigma: Noise level now.
+            at: Where the run stands; a stream that stored nothing in this group, or its last feature under another condition,
+                has no forecast.
             forecast: How to weigh what is stored.
             current: Input of block 0 now, all rows, in the layout of the boundary; None where that is not known.
             device: Where the model runs; None for where the features are stored.
@@ -191,35 +197,34 @@ class FeatureCache:
         chunks = []
         for key in keys:
             history = self._entries.get((key, boundary), [])
-            if not history or (history[0].group, history[0].condition) != (group, condition) or history[0].step < since:
+            if not history:
                 return NOTHING_STORED
-            if history[0].anchored and current is None:
+            newest = history[0]
+            valid = (newest.at.group, newest.at.condition) == (at.group, at.condition) and newest.at.step >= since
+            if not valid or (newest.anchored and current is None):
                 return NOTHING_STORED
             # An output that did not fit its input is held, never extrapolated.
-            weighed = history if history[0].whole or history[0].anchored else history[:1]
-            alike = [entry for entry in weighed if entry.anchored == history[0].anchored]
-            chunks.append(self._terms(key, boundary, alike, forecast, step, sigma))
-        try:
+            weighed = history if newest.whole or newest.anchored else history[:1]
+            alike = [entry for entry in weighed if entry.anchored == newest.anchored]
+            chunks.append(self._terms(key, boundary, alike, forecast, at))
+        with memory_permitting():
             return tuple(
                 self._combined(index, chunks, current, device) for index in range(len(chunks[0][0][1].feature))
             )
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            return NO_MEMORY
+        return NO_MEMORY
 
     def _terms(
-        self, key: StreamKey, boundary: int, entries: list[Entry], forecast: Forecast, step: int, sigma: float
+        self, key: StreamKey, boundary: int, entries: list[Entry], forecast: Forecast, at: Place
     ) -> list[tuple[float, Entry]]:
         """What is added up for a stream: its own entries, and those of the stream that it is guided away from."""
-        ages = [step - one.step for one in entries]
+        ages = [at.step - one.at.step for one in entries]
         if forecast.guided and forecast.fits(ages):
             guided = self._guided(key, boundary, entries, forecast)
             if guided is not None:
                 return guided
-            self.unweighed |= isinstance(key, CallKey) and key.whose is not None
+            self.unweighed |= key.whose is not None
             forecast = dataclasses.replace(forecast, fitted=())
-        return list(zip(forecast.weights([one.sigma for one in entries], sigma, ages), entries, strict=False))
+        return list(zip(forecast.weights([one.at.sigma for one in entries], at.sigma, ages), entries, strict=False))
 
     def _guided(
         self, key: StreamKey, boundary: int, entries: list[Entry], forecast: Forecast
@@ -229,10 +234,11 @@ class FeatureCache:
         Without guidance the others hold for all. None unless one conditioning is set against one other, and both were stored
         at the same steps: what is weighed as another stream should be leaves an error that guidance multiplies.
         """
-        if not isinstance(key, CallKey) or (own := key.whose) is None:
+        own = key.whose
+        if own is None:
             return None
-        now = [(other, other.whose, history) for (other, at), history in self._entries.items()
-               if at == boundary and isinstance(other, CallKey) and history[0].step == entries[0].step]
+        now = [(other, other.whose, history) for (other, tap), history in self._entries.items()
+               if tap == boundary and history[0].at.step == entries[0].at.step]
         plain = [(weight, entry) for (_, weight), entry in zip(forecast.fitted, entries, strict=False)]
         if all(stream and stream.kind == POSITIVE for _, stream, _ in now):
             return plain
@@ -283,7 +289,7 @@ class FeatureCache:
         """The plan has changed: what was stored at step k belongs to `groups[k]`."""
         for history in self._entries.values():
             for entry in history:
-                entry.group = groups[entry.step]
+                entry.at = entry.at._replace(group=groups[entry.at.step])
 
     def divided(self, parts: Sequence[Sequence[int]], batch: int) -> list[FeatureCache]:
         """One cache for each part of the samples, of new tensors; this one is empty behind it.
@@ -295,14 +301,11 @@ class FeatureCache:
             part.device, part.limit = self.device, self.limit * len(rows) / batch
         for (key, boundary), history in list(self._entries.items()):
             for part, rows in zip(caches, parts, strict=True):
-                if isinstance(key, CallKey) and key.rows == batch:
+                if key.rows == batch:
                     renamed = key._replace(rows=len(rows))
                     part._seen[renamed] = self._seen[key]
-                    try:
+                    with memory_permitting():
                         part._replace(renamed, boundary, [_copied(entry, rows) for entry in history])
-                    except RuntimeError as error:
-                        if not out_of_memory(error):
-                            raise
             self._replace(key, boundary, [])
         self.clear()
         return caches
@@ -326,17 +329,14 @@ class FeatureCache:
             Why those were dropped instead, if they were.
         """
         self.device, self.keep = device, keep
-        try:
+        with memory_permitting():
             for slot, history in list(self._entries.items()):
                 self._replace(*slot, history[:keep])
                 for entry in history[:keep]:
                     entry.feature = tuple(None if part is None else part.to(device) for part in entry.feature)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            self.clear()
-            return (NO_MEMORY,)
-        return ()
+            return ()
+        self.clear()
+        return (NO_MEMORY,)
 
     def clear(self) -> None:
         """Drop every tensor."""
@@ -363,7 +363,7 @@ class FeatureCache:
 
 def _stored(entries: Sequence[Entry]) -> list[Hashable]:
     """When and how they were stored."""
-    return [(entry.step, entry.condition, entry.anchored) for entry in entries]
+    return [(entry.at.step, entry.at.condition, entry.anchored) for entry in entries]
 
 
 def _copied(entry: Entry, rows: Sequence[int]) -> Entry:

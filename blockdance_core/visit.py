@@ -13,7 +13,7 @@ from blockdance_core.families import FlowCheck
 from blockdance_core.forecast import Forecast
 from blockdance_core.interception import Feature, Passage, cloned, nbytes, signature
 from blockdance_core.schedule import REUSE, Step
-from blockdance_core.streams import NO_MEMORY, CallKey, Entry, StreamKey, out_of_memory
+from blockdance_core.streams import NO_MEMORY, Place, StreamKey, memory_permitting
 
 if TYPE_CHECKING:
     from blockdance_core.model_state import ModelState
@@ -107,24 +107,12 @@ class Visit:
         self.stored = False
         self.fallbacks: list[str] = []
         self.warnings: list[str] = []
-        state.enter(plan.group, moment.step)
-        if state.first_evaluation is None:
-            state.first_evaluation = moment.evaluation
+        self._place = Place(moment.step, plan.group, info.condition, moment.sigma)
+        state.enter(plan.group, moment)
         self.probing = state.first_evaluation == moment.evaluation
-        if not self.probing and not state.placed:
+        if not self.probing:
             self.warnings += state.place(info)
-            if state.guard is not None:
-                state.guard.kept = state.cache.keep
-        record, boundary = state.taps(*plan.record), None
-        if plan.decision == REUSE and plan.boundary is not None:
-            record, boundary = state.taps(plan.boundary), plan.boundary  # a compute forced inside a group stores
-            if state.guard is not None and not state.guard.allows(plan.boundary, moment.step, state.orders(plan)):
-                boundary = None
-                if moment.step == len(state.schedule.steps) - 1:
-                    record = ()  # none comes after it
-                if state.guard.lost:
-                    self.warnings.append("with a quality nothing is reused while conditionings or context windows come and go: "
-                                         "of what is new there is no forecast to judge; without a quality it may be")
+        record, boundary = self._decided()
         told = bool(self.streams) and not self.info.rows % len(self.streams)
         unknown = None if told else "the host did not say which conditionings this call holds"
         if unknown and record:
@@ -146,6 +134,20 @@ class Visit:
         self.observe = {*record, *(probed if self.probing else ())}
         self.intercepts = bool(tapped) or info.wrapped
 
+    def _decided(self) -> tuple[tuple[int, ...], int | None]:
+        """The taps to store or to inject at, and the last block to skip; None for that if the call computes."""
+        state, plan = self.state, self.plan
+        if plan.decision != REUSE or plan.boundary is None:
+            return state.taps(*plan.record), None
+        record = state.taps(plan.boundary)  # stores at them if it cannot reuse
+        if state.guard is None or state.guard.allows(plan.boundary, self.moment.step, state.orders(plan)):
+            return record, plan.boundary
+        if state.guard.lost:
+            self.warnings.append("with a quality nothing is reused while conditionings or context windows come and go: of what "
+                                 "is new there is no forecast to judge; without a quality it may be")
+        last = self.moment.step == len(state.schedule.steps) - 1
+        return () if last else record, None
+
     def denoised(self, latent: Tensor, sigmas: Tensor, run: Callable[[], Tensor]) -> Tensor:
         """The model's estimate of the clean latent: a forecast, if this call is to reuse the whole model and there is one.
 
@@ -156,14 +158,12 @@ class Visit:
         """
         if self._slope_measured:
             self.state.predicted_bytes += 4 * latent.numel() * self.state.cache.keep
-        if self._slope_kept and not self.moment.sigma > 0:
+        if not (self._slope_kept and self.moment.sigma > 0):
             self.fallbacks += ["without noise the latent has no slope"] if self.bypass else []
-            return run()
-        if not self._slope_kept:
             return run()
         level = sigmas.reshape(-1, *[1] * (latent.ndim - 1)).float()
         rows = latent.shape[0] // len(self.streams)
-        keys = tuple(CallKey(stream, 1, rows, signature((latent,))) for stream in self.streams)
+        keys = tuple(StreamKey(stream, 1, rows, signature((latent,))) for stream in self.streams)
         if self.bypass:
             predicted = self._forecast(keys, self.state.depth, None)
             if not isinstance(predicted, str):
@@ -175,14 +175,10 @@ class Visit:
         estimate = run()
         if self._answered_elsewhere:
             return estimate
-        try:
-            slope = latent.float().sub(estimate).div_(level)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            self.fallbacks.append(NO_MEMORY)
+        with memory_permitting():
+            self._store(keys, self.state.depth, (latent.float().sub(estimate).div_(level),), None)
             return estimate
-        self._store(keys, self.state.depth, (slope,), None)
+        self.fallbacks.append(NO_MEMORY)
         return estimate
 
     def at_input(self, feature: Feature | None, obstacle: str | None) -> Mapping[int, Feature] | None:
@@ -203,8 +199,8 @@ class Visit:
             return None
         parts = tuple(part for part in feature if part is not None)
         rows = self.info.rows // len(self.streams)
-        now.keys = tuple(CallKey(stream, self.passes, rows, signature(parts)) for stream in self.streams)
-        try:
+        now.keys = tuple(StreamKey(stream, self.passes, rows, signature(parts)) for stream in self.streams)
+        with memory_permitting():
             if now.boundary is not None:
                 injected = self._forecasts(now, feature)
                 if not isinstance(injected, str):
@@ -214,11 +210,9 @@ class Visit:
                 self.fallbacks.append(injected)
             if self.state.cache.anchored:
                 now.input = cloned(feature)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            self.fallbacks.append(NO_MEMORY)
-            now.record = ()
+            return None
+        self.fallbacks.append(NO_MEMORY)
+        now.record = ()
         return None
 
     def _forecasts(self, now: _Pass, feature: Feature) -> dict[int, Feature] | str:
@@ -237,12 +231,9 @@ class Visit:
         assert forecast is not None
         if guard is not None and self.plan.boundary is not None:
             since = guard.since(self.plan.boundary)
-            if self.state.open and guard.order is not None:
+            if self.state.guard_alone and guard.order is not None:
                 forecast = Forecast(anchored=True, order=guard.order)
-        predicted = self.state.cache.predict(
-            keys, tap, self.plan.group, self.info.condition, self.moment.step, self.moment.sigma, forecast, current,
-            self.info.device, since,
-        )
+        predicted = self.state.cache.predict(keys, tap, self._place, forecast, current, self.info.device, since)
         if self.state.cache.unweighed and guard is None:
             self.warnings.append("the policy was calibrated for one prompt against one negative: with these its forecasts are "
                                  "less exact; if pictures change, set a quality beside it")
@@ -264,14 +255,10 @@ class Visit:
         if self.probing and not now.obstacle:
             state.predicted_bytes += nbytes(output) * state.cache.keep
         if index in now.record:
-            try:
-                base = None if now.input is None else self._in_layout_of(index, now.input)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                self.fallbacks.append(NO_MEMORY)
+            with memory_permitting():
+                self._store(now.keys, index, output, None if now.input is None else self._in_layout_of(index, now.input))
                 return
-            self._store(now.keys, index, output, base)
+            self.fallbacks.append(NO_MEMORY)
 
     @property
     def reused(self) -> bool:
@@ -299,15 +286,15 @@ class Visit:
             def chunk(feature: Feature, start: int = number * rows) -> Feature:
                 return tuple(None if part is None else part.narrow(0, start, rows) for part in feature)
 
-            entry = Entry(self.moment.step, self.plan.group, self.info.condition, self.moment.sigma, False, (), whole)
-            reason = self.state.cache.store(key, index, entry, chunk(output), None if base is None else chunk(base))
-            if reason:
-                self.fallbacks.append(reason)
-            else:
-                self.stored = True
-                self._watch(index, key, chunk(output), chunk(base) if entry.anchored and base is not None else None)
-                if self.state.cache.anchored and not entry.anchored and not whole:
-                    self.warnings.append("block 0's input does not fit the boundary block's output: forecast 'hold' is used")
+            entry = self.state.cache.store(
+                key, index, self._place, chunk(output), None if base is None else chunk(base), whole)
+            if isinstance(entry, str):
+                self.fallbacks.append(entry)
+                continue
+            self.stored = True
+            self._watch(index, key, chunk(output), chunk(base) if entry.anchored and base is not None else None)
+            if self.state.cache.anchored and not entry.anchored and not whole:
+                self.warnings.append("block 0's input does not fit the boundary block's output: forecast 'hold' is used")
 
     def _watch(self, index: int, key: StreamKey, output: Feature, base: Feature | None) -> None:
         """Let the guard see what was stored."""
@@ -317,13 +304,11 @@ class Visit:
         if base is None and index != self.state.depth:
             self.warnings.append("the forecasts of this model cannot be watched: with a quality everything is computed")
             return
-        try:
+        with memory_permitting():
             guard.observe(index, (key, self.info.condition), self.moment.step, self.moment.sigma, output, base)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            guard.restart()
-            self.fallbacks.append(NO_MEMORY)
+            return
+        guard.restart()
+        self.fallbacks.append(NO_MEMORY)
 
     def _in_layout_of(self, index: int, feature: Feature) -> Feature | None:
         layout = self.state.blocks[index].to_boundary_layout

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from blockdance_core.calibration import Profile
 from demo import options as common
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Calibrate; 0 on success."""
     given = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(given)
-    common.begin(options, *(() if torch.cuda.is_available() else ("--cpu",)))
+    common.begin(options)
     demo = load_demo(options.model)
     out = options.out or POLICIES / f"{options.model}.safetensors"
     for steps in options.steps or [None]:
@@ -67,13 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def calibrate(demo: Any, options: argparse.Namespace, out: Path, command: str) -> None:
     """One number of steps, from the profile to the file; nothing if the file holds it already."""
-    from blockdance_core.host import measured as host
-    from blockdance_core.host.calibrate import CUTS, depth_of
+    from blockdance_core.host import calibrate as host
+    from blockdance_core.host.measured import extended, parse_boundaries
+    from blockdance_core.host.search import CUTS, depth_of
 
     settings = {
         "model": options.model, "split": "train", "seed": options.seed, "noise_seeds": _SEEDS, "sampler": options.sampler,
         "scheduler": options.scheduler, "steps": options.steps, "cfg": options.cfg, "prompts": options.prompts, "batch": BATCH,
-        "boundaries": list(host.parse_boundaries(options.boundaries, depth_of(demo.model)) or (depth_of(demo.model),)),
+        "boundaries": list(parse_boundaries(options.boundaries, depth_of(demo.model)) or (depth_of(demo.model),)),
     }
     how = {"checks": options.checks, "proofs": options.proofs, "effort": options.effort, "cut": options.cut,
            "fidelity_db": options.fidelity}
@@ -90,7 +90,7 @@ def calibrate(demo: Any, options: argparse.Namespace, out: Path, command: str) -
     done = len(measured.prompts) if measured else 0
     for number, prompt in enumerate(prompts[done:], done + 1):
         with _bar(f"{title}: profile {number} of {len(prompts)}") as progress:
-            measured = host.extended(measured, demo.model, prompt, settings["boundaries"], progress)
+            measured = extended(measured, demo.model, prompt, settings["boundaries"], progress)
         cost = {"rollouts": measured.rollouts, "calls": measured.calls, "seconds": round(measured.seconds, 2)}
         save_profile(measured.profile, beside, settings | {"batches": number, "cost": cost})
     assert measured is not None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from blockdance_core.host.processes import device_arguments
 from demo.architectures import ARCHITECTURES
 from demo.hosting import launcher
 
@@ -31,9 +32,9 @@ def fitted(options: argparse.Namespace, name: str, steps: int | None = None) -> 
     return argparse.Namespace(**{**own, **given, "steps": steps or own["steps"]})
 
 
-def begin(options: argparse.Namespace, *host: str) -> None:
-    """Put the host on the path, with arguments of its command line."""
-    launcher.enter(*host)
+def begin(options: argparse.Namespace) -> None:
+    """Put the host on the path, started for the GPU where there is one."""
+    launcher.enter(*device_arguments())
     torch.set_num_threads(options.threads)
     logging.getLogger().setLevel(logging.WARNING)
 

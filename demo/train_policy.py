@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train; 0 on success."""
     given = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(given)
-    common.begin(options, *processes.device_arguments())
+    common.begin(options)
     with processes.processes():
         record = _train(common.fitted(options, options.model, options.steps), common.command("train-policy", given))
     if record is not None:
@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace, line: str) -> dict[str, Any] | None:
-    from blockdance_core.host.calibrate import depth_of
     from blockdance_core.host.rewards import by_name
+    from blockdance_core.host.search import depth_of
     from blockdance_core.host.training import train
     from blockdance_core.policy import load
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
-from blockdance_core.config import CACHE_DEVICES, FORECASTS, PRESETS, QUALITIES, RECOMMENDED, WINDOWS, Config
+from blockdance_core.config import CACHE_DEVICES, PRESETS, QUALITIES, RECOMMENDED, WINDOWS, Config
 from blockdance_core.families import UnsupportedModelError
+from blockdance_core.forecast import FORECASTS
 from blockdance_core.host import notify
 from blockdance_core.host.attach import attach, handle_of
 
+from .load_policy import PolicyType
 from .texts import described
 
 if TYPE_CHECKING:
@@ -34,16 +36,16 @@ class BlockDanceAccelerate(io.ComfyNode):
             inputs=[
                 io.Model.Input("model"),
                 io.Boolean.Input("enabled", default=True),
-                io.Combo.Input("preset", options=list(PRESETS), default="auto"),
-                io.Int.Input("group_size", display_name="N", default=2, min=1, max=64),
-                io.Float.Input("start_percent", default=0.40, min=0.0, max=1.0, step=0.01, advanced=True),
-                io.Float.Input("end_percent", default=0.95, min=0.0, max=1.0, step=0.01, advanced=True),
-                io.Combo.Input("window", options=list(WINDOWS), default="noise_level", advanced=True),
-                io.Int.Input("boundary", default=RECOMMENDED, min=RECOMMENDED, max=9999, advanced=True),
-                io.Combo.Input("forecast", options=list(FORECASTS), default="taylor", advanced=True),
-                io.Combo.Input("cache_device", options=list(CACHE_DEVICES), default="auto", advanced=True),
-                io.Custom("BLOCKDANCE_POLICY").Input("policy", optional=True),
-                io.Combo.Input("quality", options=list(QUALITIES), default="off"),
+                io.Combo.Input("preset", options=list(PRESETS), default=Config.preset),
+                io.Int.Input("group_size", display_name="N", default=Config.group_size, min=1, max=64),
+                io.Float.Input("start_percent", default=Config.start_percent, min=0.0, max=1.0, step=0.01, advanced=True),
+                io.Float.Input("end_percent", default=Config.end_percent, min=0.0, max=1.0, step=0.01, advanced=True),
+                io.Combo.Input("window", options=list(WINDOWS), default=Config.window, advanced=True),
+                io.Int.Input("boundary", default=Config.boundary, min=RECOMMENDED, max=9999, advanced=True),
+                io.Combo.Input("forecast", options=list(FORECASTS), default=Config.forecast, advanced=True),
+                io.Combo.Input("cache_device", options=list(CACHE_DEVICES), default=Config.cache_device, advanced=True),
+                PolicyType.Input("policy", optional=True),
+                io.Combo.Input("quality", options=list(QUALITIES), default=Config.quality),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -56,14 +58,14 @@ class BlockDanceAccelerate(io.ComfyNode):
         enabled: bool,
         preset: str,
         group_size: int,
-        start_percent: float = 0.40,
-        end_percent: float = 0.95,
-        window: str = "noise_level",
-        boundary: int = RECOMMENDED,
-        forecast: str = "taylor",
-        cache_device: str = "auto",
+        start_percent: float = Config.start_percent,
+        end_percent: float = Config.end_percent,
+        window: str = Config.window,
+        boundary: int = Config.boundary,
+        forecast: str = Config.forecast,
+        cache_device: str = Config.cache_device,
         policy: Any = None,
-        quality: str = "off",
+        quality: str = Config.quality,
     ) -> io.NodeOutput:
         """Returns the accelerated clone, or the model itself where it cannot be accelerated, and says so."""
         config = Config(
@@ -87,7 +89,7 @@ class BlockDanceAccelerate(io.ComfyNode):
             message = (
                 "off: every block is computed" if not config.active
                 else f"follows the policy {effective.policy}" if effective.policy
-                else f"skips {effective.boundary_label} wherever {quality} allows" if config.open
+                else f"skips {effective.boundary_label} wherever {quality} allows" if config.guard_alone
                 else f"skips {effective.boundary_label}"
             )
             notify.send("status", {

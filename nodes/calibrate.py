@@ -7,9 +7,10 @@ import json
 from comfy_api.latest import io, ui
 
 from blockdance_core.host import notify
-from blockdance_core.host.calibrate import CUTS
-from blockdance_core.host.measured import Measured, calibrate
+from blockdance_core.host.calibrate import calibrate
+from blockdance_core.host.measured import Measured
 from blockdance_core.host.paths import new_policy_path
+from blockdance_core.host.search import CUTS
 
 from .load_policy import PolicyType
 from .profile import ProfileType

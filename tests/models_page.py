@@ -46,8 +46,8 @@ def page() -> str:
         "",
         *checks,
         "",
-        "The flow through the blocks (invariants 1 to 4) is checked on every case; what depends on the engine and on the kind "
-        "of model alone, on one case of each family.",
+        "On every case it is checked that blocks are skipped and outputs injected exactly; what depends on the engine and on "
+        "the kind of model alone, on one case of each family.",
         "",
         "Cases with *control* also run these with control residuals between the blocks.",
         "",

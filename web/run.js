@@ -68,12 +68,12 @@ export function milliseconds(ms) {
   return ms >= 10000 ? `${(ms / 1000).toFixed(1)} s` : `${ms.toFixed(ms < 100 ? 1 : 0)} ms`;
 }
 
-/** @param {unknown} bytes @returns {string} for example `72.0 MB`, or a dash */
+/** @param {unknown} bytes @returns {string} for example `72.0 MiB`, or a dash */
 export function bytes(bytes) {
   if (!isNumber(bytes)) return "-";
-  const units = ["B", "kB", "MB", "GB"];
-  const power = Math.min(units.length - 1, bytes > 0 ? Math.floor(Math.log10(bytes) / 3) : 0);
-  return `${(bytes / 1000 ** power).toFixed(power ? 1 : 0)} ${units[power]}`;
+  const units = ["B", "KiB", "MiB", "GiB"];
+  const power = Math.min(units.length - 1, bytes > 0 ? Math.floor(Math.log2(bytes) / 10) : 0);
+  return `${(bytes / 1024 ** power).toFixed(power ? 1 : 0)} ${units[power]}`;
 }
 
 /** @param {unknown} share 0..1 @returns {string} for example `26 %`, or a dash */

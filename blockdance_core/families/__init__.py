@@ -11,8 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from blockdance_core.families._record import Family, Section
-from blockdance_core.families._structure import FlowCheck, undeclared
-from blockdance_core.families._unsupported import UnsupportedModelError
+from blockdance_core.families._structure import FlowCheck, UnsupportedModelError, undeclared
 from blockdance_core.interception import Block
 
 __all__ = ["Family", "FlowCheck", "Match", "Section", "UnsupportedModelError", "declared", "find"]

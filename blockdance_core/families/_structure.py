@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from blockdance_core.config import Defaults
 from blockdance_core.families._record import BLOCK_LISTS, Family, Section
-from blockdance_core.families._unsupported import UnsupportedModelError
 from blockdance_core.interception import Passage, Port, signature
 
 _MIN_BLOCKS = 4
 _MIN_SHARE = 0.5
 _UNET_LISTS = (("input_blocks", "output_blocks"), ("down_blocks", "up_blocks"))
 _ADVICE = "See docs/adding-a-model.md."
+
+
+class UnsupportedModelError(ValueError):
+    """No list of transformer blocks that can be skipped was found in a model."""
 
 
 def undeclared(model: nn.Module, paths: Sequence[str] = ()) -> Family:

@@ -1,7 +1,7 @@
 """Attach the configuration to a MODEL: a clone with keyed wrappers. The state of a run lives in its `Session`.
 
-Host: comfy/patcher_extension.py and comfy/samplers.py, v0.30.0. Nesting: OUTER_SAMPLE > PREPARE_SAMPLING > per evaluation
-PREDICT_NOISE > per batch APPLY_MODEL.
+Host: comfy/patcher_extension.py and comfy/samplers.py, v0.30.0. OUTER_SAMPLE holds first PREPARE_SAMPLING, and then per
+evaluation PREDICT_NOISE > per batch APPLY_MODEL.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP, get_all_wrappers
 
 from blockdance_core import families
-from blockdance_core.config import Config, Effective, resolve
+from blockdance_core.config import Config
 from blockdance_core.host import batch, identity, notify
 from blockdance_core.host.levels import accepted_errors, noise_levels
 from blockdance_core.interception import taps
-from blockdance_core.model_state import kept, planned
+from blockdance_core.model_state import in_force, kept, planned
 from blockdance_core.policy import AdaptivePolicy
 from blockdance_core.report import run_record, summary
 from blockdance_core.session import Session
@@ -64,9 +64,7 @@ class Handle:
         self.node_id = node_id
         self.quiet = quiet
         self.family = match.family.name
-        if config.active and config.policy is not None:
-            config.policy.check(self.family, len(match.blocks))
-        self.effective: Effective = resolve(config, match.family.defaults, len(match.blocks))
+        self.effective = in_force(config, match)
         shapes = [min(parameter.shape) for parameter in match.blocks[0].module.parameters() if parameter.ndim == 2]
         self.width = statistics.mode(shapes) if shapes else 0
         self.depth = len(match.blocks)
@@ -98,8 +96,7 @@ def attach(model: ModelPatcher, config: Config, node_id: str | None = None, quie
         UnsupportedModelError: No list of blocks that can be skipped was found.
         ConfigError: The boundary is outside the depth of the model, or the policy is for another model.
     """
-    diffusion_model = model.get_model_object("diffusion_model")
-    handle = Handle(config, node_id, families.find(diffusion_model), quiet)
+    handle = Handle(config, node_id, match_of(model), quiet)
     clone = model.clone()
     for wrapper_type, wrapper in (
         (WrappersMP.OUTER_SAMPLE, functools.partial(_outer_sample, handle)),
@@ -111,6 +108,15 @@ def attach(model: ModelPatcher, config: Config, node_id: str | None = None, quie
         clone.add_wrapper_with_key(wrapper_type, KEY, wrapper)
     clone.set_attachments(KEY, handle)
     return clone
+
+
+def match_of(model: ModelPatcher) -> families.Match:
+    """The family and the blocks of a MODEL.
+
+    Raises:
+        UnsupportedModelError: No list of blocks that can be skipped was found.
+    """
+    return families.find(model.get_model_object("diffusion_model"))
 
 
 def handle_of(model: ModelPatcher) -> Handle | None:
@@ -268,7 +274,7 @@ def _predict_noise(
     sigma = float(timestep.reshape(-1)[0])  # synchronises the GPU, once per evaluation
     conds = getattr(executor.class_obj, "conds", {})
     controls = identity.active_controls(conds, sigma)
-    with session.evaluation(sigma, controls, x.shape, x):
+    with session.evaluation(sigma, controls, x):
         estimate = executor(x, timestep, model_options, *args, **kwargs)
         session.saw(estimate)
         return estimate

@@ -10,6 +10,7 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from comfy.utils import repeat_to_batch_size
 
 from blockdance_core.streams import Stream
 
@@ -79,4 +80,4 @@ def text(conds: dict[str, list[dict[str, Any]]], rows: int) -> torch.Tensor | No
     found = [one for one in found if one.shape[2] == found[0].shape[2]]
     if not found:
         return None
-    return torch.cat([one[torch.arange(rows) % one.shape[0]].to(found[0]) for one in found], 1)
+    return torch.cat([repeat_to_batch_size(one, rows).to(found[0]) for one in found], 1)

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from comfy.k_diffusion.sampling import to_d
 from torch import Tensor
 
-from blockdance_core import families
 from blockdance_core.calibration import CANDIDATES, Forecasts, Profile
 from blockdance_core.forecast import Forecast
-from blockdance_core.host.attach import KEY
+from blockdance_core.host.attach import KEY, match_of
 from blockdance_core.host.rollout import Rollouts
 from blockdance_core.interception import Block, Feature, Passage, cloned, intercept, sample
 from blockdance_core.schedule import CACHE, COMPUTE, Plan, Reuse
@@ -37,7 +37,7 @@ def gram(rollouts: Rollouts, boundaries: Sequence[int]) -> np.ndarray:
         [boundaries, 2, steps, 2, steps]; NaN of two steps that hold different conditionings, which come and go in mid-run.
     """
     steps = rollouts.steps
-    blocks = families.find(rollouts.model.get_model_object("diffusion_model")).blocks
+    blocks = match_of(rollouts.model).blocks
     recorder = _Recorder(blocks, boundaries, rollouts.prompt.cfg)
     rollouts.run([None] * steps, around=recorder)
     found = np.full((len(boundaries), 2, steps, 2, steps), np.nan)
@@ -168,7 +168,7 @@ class _Recorder:
         watched = [boundary for boundary in self.boundaries if boundary < len(self.blocks)]
         with intercept(self.blocks, self, observe=watched) if watched else contextlib.nullcontext():
             estimate = executor(*args, **kwargs)
-        slope = (latent - estimate) / sigmas.reshape(-1, *[1] * (latent.ndim - 1))
+        slope = to_d(latent, sigmas, estimate)
         self._take(len(self.blocks), [[sample(one, _SAMPLES).float().cpu()] for one in slope.chunk(len(self._kinds))])
         return estimate
 

@@ -17,7 +17,7 @@ from comfy.clip_model import CLIPTextModel
 from comfy.sd1_clip import SDClipModel
 from torch import Tensor
 
-from blockdance_core.host.calibrate import SATURATION
+from blockdance_core.host.search import SATURATION
 from blockdance_core.metrics import ssim
 
 if TYPE_CHECKING:

@@ -157,9 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from blockdance_core.host.calibrate import depth_of
     from blockdance_core.host.processes import rank
     from blockdance_core.host.rewards import by_name
+    from blockdance_core.host.search import depth_of
     from blockdance_core.host.training import train
     from blockdance_core.policy import load
 

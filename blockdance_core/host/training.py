@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from blockdance_core import families, plots
+from blockdance_core import plots
 from blockdance_core.config import FEW_STEPS, ConfigError, Policy
 from blockdance_core.forecast import FORECASTS
+from blockdance_core.host.attach import match_of
 from blockdance_core.host.checkpoint import digest, resumed
 from blockdance_core.host.pictures import Pictures
 from blockdance_core.host.processes import gathered, of_the_first, rank, world
@@ -75,7 +76,7 @@ PUBLISHED = (
     Design(choices="steps", start=0.4, forecast="hold", maps=1, width=1472, depth=3, heads=23),
     Settings(tradeoffs=(2.0,), epochs=100, patience=100, rate=1e-5, baseline=False, exact=False),
 )
-"""The method as published (section 3): cache or reuse for every step, three blocks and an MLP of 0.08 B parameters."""
+"""The method as published: cache or reuse for every step, three blocks and an MLP of 0.08 B parameters."""
 
 
 def designed(
@@ -94,7 +95,7 @@ def designed(
     Raises:
         ConfigError: The base policy is adaptive, for another model, or not calibrated for this sampler and number of steps.
     """
-    match = families.find(model.get_model_object("diffusion_model"))
+    match = match_of(model)
     family, depth = match.family.name, len(match.blocks)
     levels_passed, sampler = levels_of(model, prompt), function_of(prompt.sampler)
     steps = len(levels_passed) - 1

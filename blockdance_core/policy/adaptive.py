@@ -1,8 +1,10 @@
 """Policies that look at the picture: after a few steps a network decides, for each sample, what the remaining ones do.
 
-Source: method, section 3 (BlockDance-Ada). Published: the network decides every remaining step, cache or reuse. Here it
-decides *segments* of the steps, each a choice among a few rows: a segment may be one step with or without reuse, as
-published, one step with several boundaries, or all remaining steps with the schedules of a calibration to choose from.
+Source: BlockDance-Ada, Zhang et al., arXiv 2503.15927.
+
+Published: the network decides every remaining step, cache or reuse. Here it decides *segments* of the steps, each a choice
+among a few rows: a segment may be one step with or without reuse, as published, one step with several boundaries, or all
+remaining steps with the schedules of a calibration to choose from.
 """
 
 from __future__ import annotations

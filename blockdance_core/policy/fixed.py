@@ -14,6 +14,7 @@ class Fixed:
 
     plan: Plan
     name: str = "fixed plan"
+    wanted: float = 0.0
 
     @property
     def boundary(self) -> int | None:

@@ -1,6 +1,8 @@
 """The decision network of an adaptive policy: from what a run knows at one step to what its remaining steps do.
 
-Source: method, section 3. Latents of any shape are read as a coarse grid of cells, texts of any length as tokens.
+Source: BlockDance-Ada, Zhang et al., arXiv 2503.15927.
+
+Latents of any shape are read as a coarse grid of cells, texts of any length as tokens.
 """
 
 from __future__ import annotations

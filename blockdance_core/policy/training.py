@@ -1,8 +1,10 @@
 """Teach a decision network by policy gradient. Pure: what a choice earns is asked of whoever runs the model.
 
-Source: method, section 3. Reward R = C + lambda Q. Published: REINFORCE on independent steps, one lambda. Here a choice never
-has to be tried twice on a picture, as a run is determined by its seed; where there are few choices all of them are tried, and
-the gradient is that of the expected reward itself; and one network learns several lambdas, its levels.
+Source: BlockDance-Ada, Zhang et al., arXiv 2503.15927.
+
+Reward R = C + lambda Q. Published: REINFORCE on independent steps, one lambda. Here a choice never has to be tried twice on a
+picture, as a run is determined by its seed; where there are few choices all of them are tried, and the gradient is that of the
+expected reward itself; and one network learns several lambdas, its levels.
 """
 
 from __future__ import annotations

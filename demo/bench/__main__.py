@@ -1,7 +1,8 @@
 """Measure every method on the demo models, paired in one process, and write what docs/benchmarks.md is made from.
 
-Without further options: all methods on sd3-mini at 30 steps. ``--latency`` and ``--real-size`` are sweeps of their own;
-``--report`` only writes the page and its plots anew from docs/benchmarks.json.
+Without further options: all methods on sd3-mini at 30 steps. ``--latency``, ``--tails``, ``--real-size``,
+``--adaptive`` and ``--ablation`` measure something else; ``--report`` only writes the page and its plots anew from
+docs/benchmarks.json.
 """
 
 from __future__ import annotations
@@ -60,19 +61,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report:
         page.write()
         return 0
-    common.begin(options, *(() if torch.cuda.is_available() else ("--cpu",)))
+    common.begin(options)
     command = common.command("bench", sys.argv[1:] if arguments is None else arguments)
     place = environment(options)
     about = {"command": command, "environment": place}
     found: dict[str, Any]
+
+    def of_steps(options: argparse.Namespace, name: str) -> argparse.Namespace:
+        return common.fitted(options, name, (options.steps or [None])[0])
+
     if options.real_size is not None:
         return _swept("real_size", real_size, about, options, options.real_size or real_size.MODELS, real_size.measure)
     if options.tails:
         return _swept("tails", tails, about, options, _models(options), lambda options, name: tails.measure(
-            common.fitted(options, name, (options.steps or [None])[0]), name))
+            of_steps(options, name), name))
     if options.latency:
         return _swept("latency", latency, about, options, _models(options), lambda options, name: latency.measure(
-            common.fitted(options, name, (options.steps or [None])[0]), name))
+            of_steps(options, name), name))
     if options.adaptive or options.ablation:
         kind, part = ("adaptive", adaptive) if options.adaptive else ("ablation", ablation)
         if options.steps:

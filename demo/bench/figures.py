@@ -79,10 +79,10 @@ def duel(rival: dict[str, Any], ours: Sequence[dict[str, Any]]) -> Duel:
     return Duel(rival, best, float(gains.mean()), *bootstrap(gains), tenth_gain(own, rival["prompt_ssim"]))
 
 
-def bootstrap(values: Sequence[float] | np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+def bootstrap(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean, by the percentiles of resampled means."""
     array = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
+    drawn = np.random.default_rng(0).integers(len(array), size=(RESAMPLES, len(array)))
     low, high = np.percentile(array[drawn].mean(1), [2.5, 97.5])
     return float(low), float(high)
 

@@ -50,9 +50,9 @@ class Case:
     @property
     def blocks(self) -> tuple[Any, ...]:
         """The model's blocks, as our engine sees them."""
-        from blockdance_core import families
+        from blockdance_core.host.attach import match_of
 
-        return families.find(self.demo.model.get_model_object("diffusion_model")).blocks
+        return match_of(self.demo.model).blocks
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,11 +63,11 @@ def taylorseer(steps: int, depth: int, interval: int, order: int) -> Plan:
     return uniform(steps, interval, Reuse(depth - 1, Forecast(anchored=True, order=order)), first=order)
 
 
-def magcache(ratios: Sequence[float], depth: int, threshold: float, skips: int, retained: float = 0.2) -> Plan:
+def magcache(ratios: Sequence[float], depth: int, threshold: float, skips: int) -> Plan:
     """MagCache (Ma et al., NeurIPS 2025, arXiv 2506.09045): reuse what the blocks added while its magnitude has hardly changed.
 
     What a skip is off by is estimated as |1 - product of the ratios since the last computed step|, and added up; a step is
-    computed when the sum passes the threshold or `skips` steps were skipped in a row. The first `retained` share of the steps
+    computed when the sum passes the threshold or `skips` steps were skipped in a row. The first fifth of the steps
     is computed. The ratios are measured once for a model, so the decisions are the same for every prompt, and this is a plan.
     The original decides for the two halves of guidance apart, each by its own ratios.
 
@@ -76,13 +76,12 @@ def magcache(ratios: Sequence[float], depth: int, threshold: float, skips: int, 
         depth: Number of blocks.
         threshold: E of the publication.
         skips: K of the publication.
-        retained: Share of the steps.
     """
     plan: list[Reuse | None] = []
     product, total, skipped = 1.0, 0.0, 0
     for k, ratio in enumerate(ratios):
         computed = True
-        if k >= max(1, round(retained * len(ratios))):
+        if k >= max(1, round(0.2 * len(ratios))):
             product, skipped = product * ratio, skipped + 1
             total += abs(1 - product)
             computed = total > threshold or skipped > skips

@@ -24,7 +24,7 @@ _NEAR = 0.01
 
 def measure(options: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     """One row for each boundary, and one for a free choice among them."""
-    from blockdance_core.host.calibrate import depth_of, profiled
+    from blockdance_core.host.search import depth_of, profiled
     from demo.loader import load_demo
 
     demo = load_demo(name)
@@ -49,7 +49,7 @@ def measure(options: argparse.Namespace, name: str) -> list[dict[str, Any]]:
 def _expected(profile: Any, variance: float, depth: int) -> dict[str, list[float | None]]:
     """For each cut the error that is expected of the best schedule, in dB, and the share of its reuse steps with a tail."""
     from blockdance_core.calibration import front
-    from blockdance_core.host.calibrate import decibel
+    from blockdance_core.host.search import decibel
 
     loss: list[float | None] = []
     tail: list[float | None] = []

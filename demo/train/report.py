@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from blockdance_core import metrics
+from blockdance_core.host.processes import device_arguments
 
 from .. import detector, loader, renderer, scenes
 from ..architectures import ARCHITECTURES
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=pathlib.Path, help="write the figures there")
     parser.add_argument("--sheet", type=pathlib.Path, help="write the pictures there")
     options = parser.parse_args(arguments)
-    launcher.enter(*(() if torch.cuda.is_available() else ("--cpu",)))
+    launcher.enter(*device_arguments())
     demo = loader.load_demo(options.name, options.models)
     figures, judged = measure(demo, options.split, options.count, options.compared, options.seed)
     print(json.dumps(figures, indent=1))

@@ -68,7 +68,7 @@ def test_report_other_run_chosen_shows_its_numbers_and_steps(page: NodePage) -> 
         "Cut": "20 % (estimate)",
         "Evaluations": "30",
         "Reused calls": "8",
-        "Stored": "18.9 MB, predicted 18.9 MB",
+        "Stored": "18.0 MiB, predicted 18.0 MiB",
         "All runs": "8 of 32 steps reused in 2 runs, DiT total 2384 ms, cut 19 % (estimate)",
     }
     panel.get_by_text("Every step").click()

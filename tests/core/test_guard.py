@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from blockdance_core.config import QUALITIES
-from blockdance_core.guard import Guard
+from blockdance_core.guard import ORDERS, Guard
 
 STEPS = 12
 
 
-def guard(tolerance: float = 0.1, kept: int = 3, lead: int = 0, accepted: float = 1.0) -> Guard:
-    return Guard(tolerance, kept, [accepted] * STEPS, lead)
+def guard(tolerance: float = 0.1, lead: int = 0, accepted: float = 1.0) -> Guard:
+    return Guard(tolerance, [accepted] * STEPS, lead)
 
 
 def see(watch: Guard, step: int, value: float, key: str = "a", boundary: int = 5, later: float = 0.0) -> None:
@@ -23,8 +24,8 @@ def see(watch: Guard, step: int, value: float, key: str = "a", boundary: int = 5
     watch.observe(boundary, key, step, 1 - (step + later) / STEPS, (base[0] + value,), base)
 
 
-def asked(watch: Guard, step: int, boundary: int = 5) -> bool:
-    return watch.allows(boundary, step)
+def asked(watch: Guard, step: int, boundary: int = 5, orders: Sequence[int] = ORDERS) -> bool:
+    return watch.allows(boundary, step, orders)
 
 
 def test_nothing_is_allowed_before_an_error_was_measured() -> None:
@@ -37,10 +38,10 @@ def test_nothing_is_allowed_before_an_error_was_measured() -> None:
 
 
 def test_order_0_error_grows_with_the_distance() -> None:
-    watch = guard(0.1, kept=1)
+    watch = guard(0.1)
     for step, value in enumerate((1.0, 1.04)):  # off by .04 / 1.04 a step
         see(watch, step, value)
-    assert [(asked(watch, step), watch.order) for step in (2, 3, 4)] == [(True, 0), (True, 0), (False, None)]
+    assert [(asked(watch, step, orders=(0,)), watch.order) for step in (2, 3, 4)] == [(True, 0), (True, 0), (False, None)]
 
 
 def test_straight_residual_is_forecast_by_a_line_and_a_parabola_by_a_curve() -> None:
@@ -52,18 +53,18 @@ def test_straight_residual_is_forecast_by_a_line_and_a_parabola_by_a_curve() -> 
     assert line.order == 1
     assert asked(curve, 4)
     assert curve.order == 2
-    flat = guard(0.01, kept=1)
+    flat = guard(0.01)
     for step in range(4):
         see(flat, step, 1 + step / 4)
-    assert not asked(flat, 4), "without history there is no line"
+    assert not asked(flat, 4, orders=(0,)), "without history there is no line"
 
 
 def test_less_is_accepted_where_errors_weigh_more() -> None:
     for accepted, expected in ((1.0, True), (0.3, False)):
-        watch = guard(0.1, kept=1, accepted=accepted)
+        watch = guard(0.1, accepted=accepted)
         see(watch, 0, 1.0)
         see(watch, 1, 1.05)
-        assert asked(watch, 2) is expected
+        assert asked(watch, 2, orders=(0,)) is expected
 
 
 def test_lead_and_longest_group() -> None:
@@ -73,20 +74,20 @@ def test_lead_and_longest_group() -> None:
     assert not asked(watch, 3)
     see(watch, 3, 1.0)
     assert [asked(watch, step) for step in range(4, STEPS)] == [True] * 8
-    long = Guard(math.inf, 3, [1.0] * 40)
+    long = Guard(math.inf, [1.0] * 40)
     see(long, 0, 1.0)
     see(long, 1, 1.0)
     assert [long.allows(5, step) for step in range(2, 12)] == [True] * 8 + [False] * 2
 
 
 def test_all_streams_of_a_step_count_and_get_one_answer() -> None:
-    watch = guard(0.1, kept=1)
+    watch = guard(0.1)
     for step, (one, other) in enumerate(((1.0, 1.0), (1.01, 2.0))):
         see(watch, step, one, "cond")
         see(watch, step, other, "uncond")
-    assert not asked(watch, 2)
+    assert not asked(watch, 2, orders=(0,))
     see(watch, 2, 1.01, "cond")  # a later call of the same step cannot change what its first call was told
-    assert not asked(watch, 2)
+    assert not asked(watch, 2, orders=(0,))
 
 
 def test_stream_of_another_shape_starts_anew_and_restart_forgets_all() -> None:
@@ -110,11 +111,11 @@ def test_second_evaluation_of_a_step_takes_the_place_of_the_first() -> None:
     see(watch, 1, 1.2)
     see(watch, 1, 1.4, later=1.0)
     assert asked(watch, 2)
-    strict = guard(0.3, kept=1)
+    strict = guard(0.3)
     see(strict, 0, 1.0)
     see(strict, 1, 1.0)
     see(strict, 1, 2.0, later=1.0)
-    assert not asked(strict, 2), "the last evaluation is what would be injected, and it is off by a half"
+    assert not asked(strict, 2, orders=(0,)), "the last evaluation is what would be injected, and it is off by a half"
 
 
 def test_evaluation_of_an_earlier_step_is_judged_by_what_lies_before_it() -> None:

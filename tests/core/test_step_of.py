@@ -1,4 +1,4 @@
-"""Which step an evaluation belongs to, on the traces that the host's samplers really make (host-map, section 4)."""
+"""Which step an evaluation belongs to, on the traces that the host's samplers really make."""
 
 from __future__ import annotations
 

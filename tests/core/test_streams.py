@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from blockdance_core import streams
 from blockdance_core.forecast import FORECASTS
 from blockdance_core.interception import Feature
-from blockdance_core.streams import NOTHING_STORED, Entry, FeatureCache
+from blockdance_core.streams import NOTHING_STORED, FeatureCache, Place, StreamKey
 
 SHAPE = (1, 4, 8)
 BYTES = 4 * 8 * 4
@@ -20,6 +20,10 @@ BYTES = 4 * 8 * 4
 
 def cache(forecast: str = "hold", keep: int = 1) -> FeatureCache:
     return FeatureCache(FORECASTS[forecast].anchored, keep)
+
+
+def named(name: str) -> StreamKey:
+    return StreamKey(name, 1, 1, None)
 
 
 def put(
@@ -30,7 +34,8 @@ def put(
     start: Feature | None = None
     if base is not None:
         start = (torch.full(SHAPE, base) if isinstance(base, float) else base,)
-    return into.store(key, boundary, Entry(step, group, condition, sigma, False, ()), feature, start)
+    stored = into.store(named(key), boundary, Place(step, group, condition, sigma), feature, start)
+    return stored if isinstance(stored, str) else None
 
 
 def get(
@@ -38,7 +43,8 @@ def get(
     condition: str | None = None,
 ) -> Tensor | str:
     now = None if current is None else (torch.full((len(keys) or 1, *SHAPE[1:]), current),)
-    found = of.predict(keys or ("a",), 2, group, condition, 9, sigma, FORECASTS["taylor"], now)
+    at = Place(9, group, condition, sigma)
+    found = of.predict([named(key) for key in keys or ("a",)], 2, at, FORECASTS["taylor"], now)
     if isinstance(found, str):
         return found
     assert found[0] is not None
@@ -139,7 +145,7 @@ def test_slices_of_a_batch_keep_their_own_bytes_only() -> None:
     into = cache()
     for key, row in (("a", 0), ("b", 1)):
         put(into, batch.narrow(0, row, 1), key=key)
-    both = into.predict(("b", "a"), 2, 0, None, 9, 0.5, FORECASTS["hold"], None)
+    both = into.predict([named("b"), named("a")], 2, Place(9, 0, None, 0.5), FORECASTS["hold"], None)
     assert not isinstance(both, str)
     assert both[0] is not None
     assert torch.equal(both[0], batch.flip(0))
@@ -150,8 +156,9 @@ def test_slices_of_a_batch_keep_their_own_bytes_only() -> None:
 
 def test_components_that_are_none_stay_none() -> None:
     into = cache("delta")
-    into.store("a", 2, Entry(0, 0, None, 1.0, False, ()), (None, torch.ones(SHAPE)), (torch.ones(SHAPE), torch.ones(SHAPE)))
-    found = into.predict(("a",), 2, 0, None, 9, 0.5, FORECASTS["delta"], (torch.ones(SHAPE), 3 * torch.ones(SHAPE)))
+    ones = torch.ones(SHAPE)
+    into.store(named("a"), 2, Place(0, 0, None, 1.0), (None, ones), (ones, ones))
+    found = into.predict([named("a")], 2, Place(9, 0, None, 0.5), FORECASTS["delta"], (ones, 3 * ones))
     assert not isinstance(found, str)
     assert found[0] is None
     assert found[1] is not None
@@ -259,8 +266,9 @@ def test_forecast_in_half_precision_saturates_where_float16_ends() -> None:
     for step, (sigma, output) in enumerate(((0.8, 60000.0), (0.6, 64000.0))):
         feature = (torch.full(shape, output, dtype=torch.float16),)
         base = (torch.full(shape, -60000.0, dtype=torch.float16),)
-        assert into.store("a", 2, Entry(step, 0, None, sigma, False, ()), feature, base) is None
-    found = into.predict(("a",), 2, 0, None, 9, 0.2, FORECASTS["taylor"], (torch.full(shape, 65000.0, dtype=torch.float16),))
+        assert not isinstance(into.store(named("a"), 2, Place(step, 0, None, sigma), feature, base), str)
+    now = (torch.full(shape, 65000.0, dtype=torch.float16),)
+    found = into.predict([named("a")], 2, Place(9, 0, None, 0.2), FORECASTS["taylor"], now)
     assert not isinstance(found, str)
     assert found[0] is not None
     assert found[0].dtype == torch.float16

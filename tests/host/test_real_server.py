@@ -21,7 +21,7 @@ from host import launcher, server
 from PIL import Image
 
 from blockdance_core.forecast import FORECASTS
-from blockdance_core.host.calibrate import letters
+from blockdance_core.host.search import letters
 from blockdance_core.policy import Calibrated, SchedulePolicy, load, save
 from blockdance_core.schedule import Reuse
 

@@ -19,10 +19,9 @@ from tiny import CASES, sample
 
 from blockdance_core.calibration import Found, plan_of
 from blockdance_core.config import ConfigError
-from blockdance_core.host import calibrate as calibrate_module
-from blockdance_core.host import paths
-from blockdance_core.host.calibrate import Checked, calibrated, letters, reaching
-from blockdance_core.host.measured import keep
+from blockdance_core.host import paths, search
+from blockdance_core.host.calibrate import keep
+from blockdance_core.host.search import Checked, calibrated, letters, reaching
 from blockdance_core.policy import PolicyError, load
 from blockdance_core.schedule import expanded, follow
 
@@ -130,7 +129,7 @@ def test_plan_that_was_given_up_comes_back_where_the_better_one_overflows(
     profile = measured.profile
     ways = [(0, 1, 1), (1, 3, 1), (4, 1, 1), (5, 3, 1)], [(0, 3, 1), (3, 1, 1), (4, 1, 1), (5, 3, 1)]
     plans = [plan_of(profile, some) for some in ways]
-    monkeypatch.setattr(calibrate_module, "front", lambda _, lead: [Found(plans[lead > 1], 0.5, 1.0)])
+    monkeypatch.setattr(search, "front", lambda _, lead: [Found(plans[lead > 1], 0.5, 1.0)])
 
     def of(*squared: float) -> Any:
         return pretended(lambda plan: torch.full((4,), dict(zip(plans, squared, strict=True)).get(plan, 1.0)))
@@ -152,7 +151,7 @@ def test_slower_level_may_come_from_the_next_faster_one(measured: Any, monkeypat
     """The program knows but one schedule: the slower levels are its own with further steps computed, in any order of cuts."""
     profile, ran = measured.profile, []
     fast = plan_of(profile, [(0, 1, 1), (1, 3, 1), (4, 4, 1)])
-    monkeypatch.setattr(calibrate_module, "front", lambda *_: [Found(fast, 5 / 8, 1.0)])
+    monkeypatch.setattr(search, "front", lambda *_: [Found(fast, 5 / 8, 1.0)])
 
     def errors(plan: Any) -> torch.Tensor:
         ran.append(plan)
@@ -172,7 +171,7 @@ def test_slower_level_may_come_from_the_next_faster_one(measured: Any, monkeypat
 def test_one_level_may_come_from_the_next_faster_one_of_before(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = measured.profile
     fast, faster = plan_of(profile, [(0, 1, 1), (1, 3, 1), (4, 4, 1)]), plan_of(profile, [(0, 1, 1), (1, 7, 1)])
-    monkeypatch.setattr(calibrate_module, "front", lambda *_: [Found(faster, 7 / 8, 1.0)])
+    monkeypatch.setattr(search, "front", lambda *_: [Found(faster, 7 / 8, 1.0)])
     found, = calibrated(profile, [pretended(lambda plan: torch.tensor([1e-3]))], (0.5,), before=[faster, fast])
     assert found.cut == 0.5
     assert {k for k, row in enumerate(found.plan) if row is None} > {k for k, row in enumerate(fast) if row is None}
@@ -191,7 +190,7 @@ def test_faster_level_may_come_from_the_next_slower_one(measured: Any, monkeypat
     profile = measured.profile
     slow = plan_of(profile, [(0, 1, 1), (1, 1, 1), (2, 3, 1), (5, 3, 1)])
     bad = plan_of(profile, [(0, 1, 1), (1, 7, 1)])
-    monkeypatch.setattr(calibrate_module, "front", lambda *_: [Found(plan, 0.0, 1.0) for plan in (slow, bad)])
+    monkeypatch.setattr(search, "front", lambda *_: [Found(plan, 0.0, 1.0) for plan in (slow, bad)])
 
     def errors(plan: Any) -> torch.Tensor:
         good = {k for k, row in enumerate(plan) if row is None} <= {0, 1, 2, 5}
@@ -261,7 +260,7 @@ def test_calibrating_again_keeps_what_was_better(
     assert [entry.scheduler for entry in before.entries] == ["karras", "simple"]
     profile = measured.profile
     worse = plan_of(profile, [(0, 1, 1), (1, 1, 1), (2, 1, 1), (3, 5, 1)])
-    monkeypatch.setattr(calibrate_module, "front", lambda *_: [Found(worse, 0.5, 1.0)])
+    monkeypatch.setattr(search, "front", lambda *_: [Found(worse, 0.5, 1.0)])
     assert worse not in best
     after, _ = calibrate.execute(measured, "a", 0.5, 0.0, 0).result
     assert after.entries[1].plans == best
@@ -275,7 +274,7 @@ def test_one_lost_picture_does_not_decide(measured: Any, monkeypatch: pytest.Mon
     profile = measured.profile
     ways = [(0, 1, 1), (1, 3, 1), (4, 1, 1), (5, 3, 1)], [(0, 3, 1), (3, 1, 1), (4, 1, 1), (5, 3, 1)]
     plans = [plan_of(profile, some) for some in ways]
-    monkeypatch.setattr(calibrate_module, "front", lambda _, lead: [Found(plans[lead > 1], 0.5, 1.0)])
+    monkeypatch.setattr(search, "front", lambda _, lead: [Found(plans[lead > 1], 0.5, 1.0)])
 
     def errors(plan: Any) -> torch.Tensor:
         return torch.tensor([2.0, 1e-4, 1e-4, 1e-4] if plan == plans[0] else [0.1] * 4)
@@ -303,9 +302,9 @@ def test_plan_that_falls_far_behind_is_not_run_on_further_prompts(measured: Any)
         return pretended(errors)
 
     checks = [of(0), of(1)]
-    assert calibrate_module._Race(checks).winner(plans) is close
+    assert search._Race(checks).winner(plans) is close
     assert run == [(leader, 0), (close, 0), (far, 0), (leader, 1), (close, 1)]
-    race = calibrate_module._Race(checks)
+    race = search._Race(checks)
     assert race.result(far)[0] == pytest.approx(0.85e-4)
     assert race.winner(plans) is far
 
@@ -380,7 +379,7 @@ def test_file_of_another_model_or_damaged_stays_as_it_is(
         keep(folder / "a.safetensors", model_of(flux), policy.entries[0], {})
     assert load(folder / "a.safetensors") == policy
     (folder / "b.safetensors").write_bytes(b"mine")
-    monkeypatch.setattr("blockdance_core.host.measured.Rollouts", None)  # said before anything is sampled
+    monkeypatch.setattr("blockdance_core.host.calibrate.Rollouts", None)  # said before anything is sampled
     with pytest.raises(PolicyError, match=r"b\.safetensors"):
         calibrate.execute(measured, "b", 0.25, 0.0, 0)
     assert (folder / "b.safetensors").read_bytes() == b"mine"
@@ -466,7 +465,7 @@ def test_of_two_levels_of_nearly_the_same_cut_the_better_one_stays(
 ) -> None:
     profile = dataclasses.replace(measured.profile, costs=(0.004, 0.0))
     better, faster = (plan_of(profile, [(0, 3, way), (3, 1, way), (4, 1, way), (5, 3, way)]) for way in (0, 1))
-    monkeypatch.setattr(calibrate_module, "front", lambda *_: [Found(better, 0.498, 1.0)])
+    monkeypatch.setattr(search, "front", lambda *_: [Found(better, 0.498, 1.0)])
     proof = pretended(lambda plan: torch.tensor([{better: 0.1, faster: 0.2}.get(plan, 1.0)]))
     found = calibrated(profile, [proof], (0.25, 0.5), before=[faster], proofs=[proof])
     assert [one.plan for one in found] == [better]
@@ -494,7 +493,7 @@ def test_effort_keeps_to_the_cut(measured: Any) -> None:
 
     def found(tries: int) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(calibrate_module, "front", lambda *_: [Found(mixed, 0.5, 1.0)])
+            patch.setattr(search, "front", lambda *_: [Found(mixed, 0.5, 1.0)])
             return calibrated(
                 measured.profile,
                 [pretended(lambda plan: torch.tensor([1e-3 - 1e-4 * sum(row.boundary == 3 for row in plan if row)]))],

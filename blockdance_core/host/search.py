@@ -1,0 +1,292 @@
+"""Find the best schedules for a model, a sampler and a number of steps: profile, program, and proof by real runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from blockdance_core.calibration import Profile, chosen, denser, fits, front, neighbours, refitted, sparser, unbeaten
+from blockdance_core.host import profiling
+from blockdance_core.host.attach import match_of
+from blockdance_core.host.rollout import Prompt, Rollouts, function_of, levels_of, sigmas_of
+from blockdance_core.policy import Calibrated
+from blockdance_core.schedule import CACHE, COMPUTE, Plan, expanded
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+log = logging.getLogger(__name__)
+CUTS = tuple(percent / 100 for percent in (*range(15, 40, 5), *range(40, 86, 2)))
+_LEADS = (0.0, 0.1, 0.15, 0.2, 0.3)
+"""Shares of the steps that are computed first, to choose from: a program that adds errors up underrates early ones."""
+TOLERANCE = 0.02
+"""A schedule is for a wanted cut if it is as near to it."""
+_HIGH = 0.4
+_FEWEST = 3
+_WIDE = 8
+"""So many ways to compute one step less are tried at each level."""
+SATURATION = 0.1
+"""Squared error s, as a share of the variance, from about which on a picture counts as lost: s / (s + this)."""
+
+_BEHIND = 1.5
+"""A plan that did this many times worse than the best one on the first prompts is not run on the others."""
+_FIRST = 4
+"""Samples, at least, that such a judgement is made on."""
+
+
+@dataclasses.dataclass
+class Checked:
+    """A schedule and what it did on the prompts it was checked on.
+
+    Attributes:
+        plan: One row a step.
+        cut: Share of the time of a full run that it saved, mean over the prompts: a step that was computed for all that the
+            plan says saves nothing.
+        loss: Squared error at the end as a share of the variance of the result, mean over the prompts.
+        score: The same, saturating, so that a lost picture counts once: mean of s / (s + SATURATION) over the samples; infinite
+            if one is not finite. Less is better.
+    """
+
+    plan: Plan
+    cut: float
+    loss: float
+    score: float
+
+
+def depth_of(model: ModelPatcher) -> int:
+    """Number of blocks."""
+    return len(match_of(model).blocks)
+
+
+def profiled(
+    model: ModelPatcher, prompt: Prompt, boundaries: Sequence[int] = (),
+    progress: Callable[[int, int], None] = lambda done, of: None, before: np.ndarray | None = None,
+) -> tuple[Profile, Rollouts]:
+    """Measure what reuse costs on a prompt.
+
+    Args:
+        model: MODEL, as the sampler would get it.
+        prompt: What is sampled.
+        boundaries: Boundaries to choose from, the number of blocks for the whole model; none for the whole model alone.
+        progress: Told how many of how many rollouts are done.
+        before: `Profile.grams` of other prompts, on which forecasts are to be found, too.
+    """
+    depth = depth_of(model)
+    boundaries = tuple(boundaries) or (depth,)
+    if any(not 0 <= boundary <= depth for boundary in boundaries):
+        raise ValueError(f"boundaries {list(boundaries)} must be 0 to {depth - 1}, or {depth} for the whole model: it has "
+                         f"{depth} blocks")
+    steps = len(sigmas_of(model, prompt)) - 1
+    if steps < _FEWEST:
+        raise ValueError(f"A run of {max(steps, 0)} steps is too short to find out what a reuse step costs. "
+                         f"Choose {_FEWEST} or more.")
+    each = len(profiling.groups(steps, len(boundaries), profiling.LAGS)) + len(profiling.probes(steps)) + 2
+    done = 0
+
+    def step(count: int = 1) -> None:
+        nonlocal done
+        done += count
+        progress(done, each)
+
+    rollouts = Rollouts(model, prompt)
+    lost = [k + 1 for k, sample in enumerate(rollouts.full.result) if not sample.isfinite().all()]
+    if lost:
+        raise ValueError(f"The full run has no finite result (sample {', '.join(map(str, lost))} of "
+                         f"{len(rollouts.full.result)}): nothing can be compared with it. Sample it without this node, "
+                         "and take a prompt, a latent and a precision that give a picture.")
+    gram = profiling.gram(rollouts, boundaries)
+    step(2)
+    reach = profiling.LAGS, profiling.LONGEST
+    forecasts = chosen(gram if before is None else gram + before, rollouts.full.record["sigmas"], *reach)
+    return profiling.measure(rollouts, boundaries, forecasts, gram, *reach, step), rollouts
+
+
+def calibrated(
+    profile: Profile, checks: Sequence[Rollouts], cuts: Sequence[float] = CUTS, tries: int = 0,
+    progress: Callable[[int, int], None] = lambda done, of: None, before: Sequence[Plan] = (),
+    proofs: Sequence[Rollouts] = (),
+) -> list[Checked]:
+    """The best schedule for each cut that is wanted, proved by real runs; none that saves nothing, or whose runs overflow.
+
+    Args:
+        profile: What reuse costs.
+        checks: Prompts to check on.
+        cuts: Shares of the time to save.
+        tries: Further runs for each cut from .4 on, which move one computed step at a time.
+        progress: Told how many of how many parts are done.
+        before: Plans that were found before, to be tried, and proved, as well.
+        proofs: Prompts that chose no schedule. What a schedule is said to lose is measured on them, and one that a faster one
+            beats there is dropped: the best of many on some prompts is partly luck. None for those it was checked on.
+    """
+    cost = dict(zip(profile.boundaries, profile.costs, strict=True))
+    calls = checks[0].full.record["calls"]  # some samplers evaluate some steps more often than others, or never
+
+    def saved(plan: Plan) -> float:
+        return sum((1 - cost[row.boundary]) * of for row, of in zip(plan, calls, strict=True) if row) / sum(calls)
+
+    def off(cut: float, plan: Plan) -> float:
+        return abs(saved(plan) - cut)
+
+    leads = sorted({max(1, round(share * profile.steps)) for share in _LEADS})
+    fronts = [[one.plan for one in front(profile, lead)] for lead in leads]
+    alike = [plan for plan in before if fits(profile, plan)]
+    usable = [plan for plan in alike if all(row is None or row.boundary in cost for row in plan)]
+    remade = [refitted(profile, plan, boundary) for plan in alike for boundary in profile.boundaries]
+    race, rng = _Race(checks), np.random.default_rng(0)
+    parts = 3 * len(cuts) + len(proofs)
+    best: dict[float, Plan] = {}
+    for done, cut in enumerate(sorted(cuts, reverse=True)):
+        missed = functools.partial(off, cut)
+        plans = [*(min(some, key=missed) for some in fronts), *usable, *remade]
+        beyond = [best[min(best)]] if best else [plan for plan in usable if saved(plan) > cut + TOLERANCE]
+        for plan in sorted(beyond, key=saved)[:1]:
+            while saved(plan) > cut + TOLERANCE:
+                plan = denser(profile, plan)
+            plans.append(plan)
+        plans = [plan for plan in plans if missed(plan) <= TOLERANCE]
+        if not plans and len(cuts) == 1:  # few steps have few cuts
+            reusing = [plan for some in (*fronts, usable) for plan in some if saved(plan) > 0]
+            plans = [min(reusing, key=missed)] if reusing else []
+        for plan in plans:
+            if plan in usable:  # what is there already is not given up early
+                race.result(plan)
+        if plans:
+            best[cut] = _climbed(profile, race.winner(plans), missed, race, tries if cut >= _HIGH else 0, rng)
+        progress(done + 1, parts)
+    for slower, cut in itertools.pairwise(sorted(best)):
+        joined = (plan for plan in sparser(profile, best[slower]) if saved(plan) > saved(best[slower]))
+        near = (plan for plan in itertools.chain((best[slower],), joined) if off(cut, plan) <= TOLERANCE)
+        best[cut] = race.winner([best[cut], *itertools.islice(near, _WIDE)])
+        progress(len(cuts) + len([one for one in cuts if one <= cut]), parts)
+    plans = []
+    for plan in best.values():
+        plans.append(race.winner([plan, expanded(plan), expanded(plan, 0)]))  # the others where the fit does not hold
+        progress(2 * len(cuts) + len(plans), parts)
+    progress(3 * len(cuts), parts)
+    if proofs:
+        plans = list(dict.fromkeys([*plans, *(plan for plan in usable if min(off(cut, plan) for cut in cuts) <= TOLERANCE)]))
+    last = _Race(proofs) if proofs else race
+    for count in range(1, len(proofs) + 1):
+        for plan in plans:
+            last.result(plan, count)
+        progress(3 * len(cuts) + count, parts)
+    found = [Checked(plan, float(np.mean([saved(did) for did in last.did(plan)])), *last.result(plan)) for plan in plans]
+    found = [one for one in found if one.cut > 0 and math.isfinite(one.loss)]
+    if len(cuts) == 1:
+        return sorted(found, key=lambda one: one.score)[:1]
+    return unbeaten(found, lambda one: (round(one.cut, 2), one.score))  # no user tells closer cuts apart
+
+
+class _Race:
+    """Plans against each other, prompt by prompt, by real runs; none runs twice.
+
+    Args:
+        checks: Prompts to check on.
+    """
+
+    def __init__(self, checks: Sequence[Rollouts]) -> None:
+        self.checks = checks
+        self._errors: dict[Plan, list[np.ndarray]] = {}  # as shares of the variance, of each prompt so far
+        self._did: dict[Plan, list[Plan]] = {}
+
+    def winner(self, plans: Iterable[Plan]) -> Plan:
+        """The best plan on all prompts. One that falls behind on the first is given up, unless it was run on all before."""
+        candidates = list(dict.fromkeys(plans))
+        left = candidates
+        for count in range(1, len(self.checks) + 1):
+            scores = [self.result(plan, count)[1] for plan in left]
+            if sum(map(len, self._errors[left[0]][:count])) >= _FIRST:
+                left = [plan for plan, score in zip(left, scores, strict=True) if score <= _BEHIND * min(scores)]
+        best = min(filter(self._known, candidates), key=lambda plan: self.result(plan)[1])
+        given_up = [plan for plan in candidates if not self._known(plan)]
+        return best if math.isfinite(self.result(best)[1]) or not given_up else self.winner(given_up)
+
+    def _known(self, plan: Plan) -> bool:
+        return len(self._errors[plan]) == len(self.checks)
+
+    def did(self, plan: Plan) -> list[Plan]:
+        """What became of a plan on every prompt: without the rows that were computed instead."""
+        self.result(plan)
+        return self._did[plan]
+
+    def result(self, plan: Plan, count: int | None = None) -> tuple[float, float]:
+        """`Checked.loss` and `Checked.score` of a plan on the first prompts, or on all."""
+        shares = self._errors.setdefault(plan, [])
+        for one in self.checks[len(shares) : count]:
+            run = one.run(plan)
+            shares.append(one.errors(run).numpy())
+            decided = zip(plan, run.record["decisions"], strict=True)
+            did = tuple(None if decision in (COMPUTE, CACHE) else row for row, decision in decided)
+            self._did.setdefault(plan, []).append(did)
+        share = np.concatenate(shares[:count])
+        finite = np.isfinite(share).all()
+        return float(share.mean()), float((share / (share + SATURATION)).mean()) if finite else math.inf
+
+
+def _climbed(
+    profile: Profile, plan: Plan, missed: Callable[[Plan], float], race: _Race, tries: int, rng: np.random.Generator
+) -> Plan:
+    most = max(TOLERANCE, missed(plan))  # a move between groups of different boundaries changes the cut
+
+    def near(plan: Plan) -> list[Plan]:
+        return [one for one in neighbours(profile, plan) if missed(one) <= most]
+
+    open_ = near(plan) if tries else []
+    for _ in range(tries):
+        if not open_:
+            break
+        won = race.winner([plan, open_.pop(int(rng.integers(len(open_))))])
+        if won is not plan:
+            plan, open_ = won, near(won)
+    return plan
+
+
+def entry(model: ModelPatcher, prompt: Prompt, found: Sequence[Checked]) -> Calibrated:
+    """What was found, as a policy holds it."""
+    levels = itertools.accumulate(levels_of(model, prompt), max)
+    return Calibrated(
+        sampler=function_of(prompt.sampler), scheduler=prompt.scheduler, levels=tuple(levels),
+        plans=tuple(one.plan for one in found), cuts=tuple(one.cut for one in found), losses=tuple(one.loss for one in found),
+    )
+
+
+def reaching(found: Sequence[Checked], fidelity: float) -> list[Checked]:
+    """The schedule that saves most of those that reach a fidelity, in dB.
+
+    Raises:
+        ValueError: None does.
+    """
+    good = [one for one in found if decibel(one.loss) >= fidelity]
+    if not good:
+        best = max((decibel(one.loss) for one in found), default=-math.inf)
+        raise ValueError(f"No schedule reaches {fidelity:g} dB on these prompts; the best one reaches {best:.1f} dB. "
+                         "Ask for less, or for a smaller cut.")
+    return [max(good, key=lambda one: one.cut)]
+
+
+def decibel(loss: float) -> float:
+    """A squared error relative to the variance as a distance in dB, more is better: 10 log10(1 / loss)."""
+    return -10 * math.log10(loss) if loss > 0 else math.inf
+
+
+def letters(plan: Plan) -> str:
+    """A plan in one word: C for a computed step, and the order of the forecast of one that reuses."""
+    return "".join("C" if row is None else str(row.forecast.order) for row in plan)
+
+
+def table(found: Sequence[Checked]) -> list[dict[str, Any]]:
+    """What was found, as plain JSON data."""
+    return [
+        {
+            "cut": round(one.cut, 4), "loss_db": round(decibel(one.loss), 2) if one.loss > 0 else None,
+            "plan": letters(one.plan), "boundaries": sorted({row.boundary for row in one.plan if row}),
+        }
+        for one in found
+    ]
