@@ -119,7 +119,7 @@ def best_forecast(gram: np.ndarray, sigmas: Sequence[float], nodes: Sequence[int
         best, fitted=tuple(zip(ages, weights[: len(known)], strict=True)), guided=tuple(weights[len(known) :]))
 
 
-def chosen(grams: np.ndarray, sigmas: Sequence[float], lags: Sequence[int], longest: int) -> Forecasts:
+def best_forecasts(grams: np.ndarray, sigmas: Sequence[float], lags: Sequence[int], longest: int) -> Forecasts:
     """The best forecast for each step of each group, after computed steps that are a lag apart."""
     steps = range(grams.shape[2])
 

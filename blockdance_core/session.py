@@ -48,7 +48,6 @@ class Session:
         config: The settings of the node.
         sigmas: Noise levels of the executed steps, n + 1 values; any list is tolerated.
         levels: The same as shares of the noise schedule, see `schedule.build`.
-        listener: Told (step, decision) when a step is finished.
         sampler: Name of the sampler, for a policy.
         accepted: How much of the guard's tolerance an error may take at each noise level; none for all of it.
         text: Text embedding [B, T, D], for a policy that looks at it.
@@ -60,7 +59,6 @@ class Session:
         config: Config,
         sigmas: Sequence[float],
         levels: Sequence[float],
-        listener: Callable[[int, str], None] | None = None,
         sampler: str = "",
         accepted: Sequence[float] = (),
         text: torch.Tensor | None = None,
@@ -71,7 +69,7 @@ class Session:
         self.sigmas = list(sigmas)
         self.levels = list(levels)
         self.accepted = list(accepted) or [1.0] * len(self.levels)
-        self.listener = listener
+        self.listener: Callable[[int, str], None] | None = None  # told (step, decision) when a step is finished
         self.figures = [StepFigures() for _ in range(max(len(self.sigmas) - 1, 0))]
         self.stopwatch = Stopwatch()
         self.announced_bytes = 0  # what the host was asked to keep free
@@ -282,7 +280,6 @@ class Session:
             self._tell()
         self._estimates.clear()
         self.text = None
-        self.listener = None  # it refers back to the session: a cycle would keep the model until the next collection
         for state in self.models.values():
             state.forget()
 

@@ -127,42 +127,10 @@ def handle_of(model: ModelPatcher) -> Handle | None:
 
 def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
     guider = executor.class_obj
-    sigmas = [float(sigma) for sigma in (args[3] if len(args) > 3 else kwargs["sigmas"])]
-    # Nodes such as ModelSampling* replace model_sampling on a later clone; BaseModel's own may still be a former run's.
-    model_sampling = guider.model_patcher.get_model_object("model_sampling")
-    levels = noise_levels(model_sampling, sigmas) if handle.config.active else []
     prompt_id, sampler_node = notify.executing()
-    decisions: dict[int, str] = {}
-
-    def tell(step: int, decision: str) -> None:
-        decisions[step] = decision
-        if handle.quiet:
-            return
-        notify.send("progress", {
-            "node_id": handle.node_id, "prompt_id": prompt_id,
-            "step": step, "steps": len(session.figures), "decision": decision,
-            "decisions": [decisions.get(index) for index in range(len(session.figures))],
-        })
-
-    sampler = sampler_name(args[2] if len(args) > 2 else kwargs["sampler"])
-    # A latent of several parts (video and audio) arrives flattened into one row; its shapes come beside it.
-    shapes = kwargs.get("latent_shapes") or [args[0].shape if args else kwargs["noise"].shape]
-    text, policy = None, handle.config.policy if handle.config.active else None
-    if isinstance(policy, AdaptivePolicy):
-        text = identity.text(getattr(guider, "conds", {}), shapes[0][0])
-        policy.require(shapes[0][1] if len(shapes) == 1 else 1, None if text is None else text.shape[2])
-    plan = planned(handle.config, handle.effective, levels, sampler)
-    accepted = accepted_errors(model_sampling, sigmas, handle.depth in plan.boundaries) if handle.config.guarded else []
-    together = _undivided(guider.model_options.get("transformer_options", {}))
-    session = Session(handle.config, sigmas, levels, tell, sampler, accepted, text, together)
-    if plan.boundaries and _adds_noise(sampler) and not handle.config.guarded:
-        session.warn(f"{sampler} adds fresh noise at every step, which nothing that is stored foretells: pictures change more. "
-                     "Prefer a sampler that adds none, or set a quality, which stops reuse where it does harm")
-    other = getattr(guider, "uncond_model_patcher", None)  # the host's DualModelGuider runs both within one run
-    second = None if other is None else handle_of(other)
-    if second is not None and second.config != handle.config:
-        session.warn("the settings of the negative model are not used: those of the other one hold for both")
-    session.announced_bytes = _announced_bytes(handle, guider.model_patcher, shapes, plan)
+    session = _session(handle, guider, dict(zip(("noise", "latent_image", "sampler", "sigmas"), args, strict=False)) | kwargs)
+    if not handle.quiet:
+        session.listener = _teller(handle.node_id, prompt_id, len(session.figures))
     before = guider.model_options
     guider.model_options = create_model_options_clone(before)
     options = guider.model_options.setdefault("transformer_options", {})
@@ -191,6 +159,48 @@ def _outer_sample(handle: Handle, executor: WrapperExecutor, *args: Any, **kwarg
                 log.info("%s", line)
                 notify.send("run", {"node_id": handle.node_id, "prompt_id": prompt_id, "summary": line, "run": run})
                 notify.progress_text(line, sampler_node)
+
+
+def _session(handle: Handle, guider: Any, given: dict[str, Any]) -> Session:
+    """The session of a run that is given `noise`, `sampler`, `sigmas` and maybe `latent_shapes`."""
+    config, sigmas = handle.config, [float(sigma) for sigma in given["sigmas"]]
+    # Nodes such as ModelSampling* replace model_sampling on a later clone; BaseModel's own may still be a former run's.
+    model_sampling = guider.model_patcher.get_model_object("model_sampling")
+    levels = noise_levels(model_sampling, sigmas) if config.active else []
+    sampler = sampler_name(given["sampler"])
+    # A latent of several parts (video and audio) arrives flattened into one row; its shapes come beside it.
+    shapes = given.get("latent_shapes") or [given["noise"].shape]
+    text, policy = None, config.policy if config.active else None
+    if isinstance(policy, AdaptivePolicy):
+        text = identity.text(getattr(guider, "conds", {}), shapes[0][0])
+        policy.require(shapes[0][1] if len(shapes) == 1 else 1, None if text is None else text.shape[2])
+    plan = planned(config, handle.effective, levels, sampler)
+    accepted = accepted_errors(model_sampling, sigmas, handle.depth in plan.boundaries) if config.guarded else []
+    together = _undivided(guider.model_options.get("transformer_options", {}))
+    session = Session(config, sigmas, levels, sampler, accepted, text, together)
+    if plan.boundaries and _adds_noise(sampler) and not config.guarded:
+        session.warn(f"{sampler} adds fresh noise at every step, which nothing that is stored foretells: pictures change more. "
+                     "Prefer a sampler that adds none, or set a quality, which stops reuse where it does harm")
+    other = getattr(guider, "uncond_model_patcher", None)  # the host's DualModelGuider runs both within one run
+    second = None if other is None else handle_of(other)
+    if second is not None and second.config != config:
+        session.warn("the settings of the negative model are not used: those of the other one hold for both")
+    session.announced_bytes = _announced_bytes(handle, guider.model_patcher, shapes, plan)
+    return session
+
+
+def _teller(node_id: str | None, prompt_id: str | None, steps: int) -> Callable[[int, str], None]:
+    """Tells the page what every step did, when it is finished."""
+    decisions: list[str | None] = [None] * steps
+
+    def tell(step: int, decision: str) -> None:
+        decisions[step] = decision
+        notify.send("progress", {
+            "node_id": node_id, "prompt_id": prompt_id, "step": step, "steps": steps, "decision": decision,
+            "decisions": list(decisions),
+        })
+
+    return tell
 
 
 def sampler_name(sampler: Any) -> str:

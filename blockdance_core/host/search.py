@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from blockdance_core.calibration import Profile, chosen, denser, fits, front, neighbours, refitted, sparser, unbeaten
+from blockdance_core.calibration import Profile, best_forecasts, denser, fits, front, neighbours, refitted, sparser, unbeaten
 from blockdance_core.host import profiling
 from blockdance_core.host.attach import match_of
 from blockdance_core.host.rollout import Prompt, Rollouts, function_of, levels_of, sigmas_of
@@ -104,7 +104,7 @@ def profiled(
     gram = profiling.gram(rollouts, boundaries)
     step(2)
     reach = profiling.LAGS, profiling.LONGEST
-    forecasts = chosen(gram if before is None else gram + before, rollouts.full.record["sigmas"], *reach)
+    forecasts = best_forecasts(gram if before is None else gram + before, rollouts.full.record["sigmas"], *reach)
     return profiling.measure(rollouts, boundaries, forecasts, gram, *reach, step), rollouts
 
 
@@ -125,63 +125,112 @@ def calibrated(
         proofs: Prompts that chose no schedule. What a schedule is said to lose is measured on them, and one that a faster one
             beats there is dropped: the best of many on some prompts is partly luck. None for those it was checked on.
     """
-    cost = dict(zip(profile.boundaries, profile.costs, strict=True))
-    calls = checks[0].full.record["calls"]  # some samplers evaluate some steps more often than others, or never
-
-    def saved(plan: Plan) -> float:
-        return sum((1 - cost[row.boundary]) * of for row, of in zip(plan, calls, strict=True) if row) / sum(calls)
-
-    def off(cut: float, plan: Plan) -> float:
-        return abs(saved(plan) - cut)
-
-    leads = sorted({max(1, round(share * profile.steps)) for share in _LEADS})
-    fronts = [[one.plan for one in front(profile, lead)] for lead in leads]
-    alike = [plan for plan in before if fits(profile, plan)]
-    usable = [plan for plan in alike if all(row is None or row.boundary in cost for row in plan)]
-    remade = [refitted(profile, plan, boundary) for plan in alike for boundary in profile.boundaries]
-    race, rng = _Race(checks), np.random.default_rng(0)
+    search = _Search(profile, checks, before)
     parts = 3 * len(cuts) + len(proofs)
     best: dict[float, Plan] = {}
-    for done, cut in enumerate(sorted(cuts, reverse=True)):
-        missed = functools.partial(off, cut)
-        plans = [*(min(some, key=missed) for some in fronts), *usable, *remade]
-        beyond = [best[min(best)]] if best else [plan for plan in usable if saved(plan) > cut + TOLERANCE]
-        for plan in sorted(beyond, key=saved)[:1]:
-            while saved(plan) > cut + TOLERANCE:
-                plan = denser(profile, plan)
-            plans.append(plan)
-        plans = [plan for plan in plans if missed(plan) <= TOLERANCE]
-        if not plans and len(cuts) == 1:  # few steps have few cuts
-            reusing = [plan for some in (*fronts, usable) for plan in some if saved(plan) > 0]
-            plans = [min(reusing, key=missed)] if reusing else []
-        for plan in plans:
-            if plan in usable:  # what is there already is not given up early
-                race.result(plan)
-        if plans:
-            best[cut] = _climbed(profile, race.winner(plans), missed, race, tries if cut >= _HIGH else 0, rng)
-        progress(done + 1, parts)
-    for slower, cut in itertools.pairwise(sorted(best)):
-        joined = (plan for plan in sparser(profile, best[slower]) if saved(plan) > saved(best[slower]))
-        near = (plan for plan in itertools.chain((best[slower],), joined) if off(cut, plan) <= TOLERANCE)
-        best[cut] = race.winner([best[cut], *itertools.islice(near, _WIDE)])
-        progress(len(cuts) + len([one for one in cuts if one <= cut]), parts)
+    for done, cut in enumerate(sorted(cuts, reverse=True), 1):
+        plan = search.best(cut, best[min(best)] if best else None, len(cuts) == 1, tries if cut >= _HIGH else 0)
+        if plan is not None:
+            best[cut] = plan
+        progress(done, parts)
+    for done, (slower, cut) in enumerate(itertools.pairwise(sorted(best)), len(cuts) + 1):
+        best[cut] = search.or_sparser(best[cut], cut, best[slower])
+        progress(done, parts)
     plans = []
-    for plan in best.values():
-        plans.append(race.winner([plan, expanded(plan), expanded(plan, 0)]))  # the others where the fit does not hold
-        progress(2 * len(cuts) + len(plans), parts)
-    progress(3 * len(cuts), parts)
+    for done, plan in enumerate(best.values(), 2 * len(cuts) + 1):
+        plans.append(search.race.winner([plan, expanded(plan), expanded(plan, 0)]))  # the others where the fit does not hold
+        progress(done, parts)
     if proofs:
-        plans = list(dict.fromkeys([*plans, *(plan for plan in usable if min(off(cut, plan) for cut in cuts) <= TOLERANCE)]))
-    last = _Race(proofs) if proofs else race
+        known = (plan for plan in search.usable if min(search.off(cut, plan) for cut in cuts) <= TOLERANCE)
+        plans = list(dict.fromkeys([*plans, *known]))
+    last = _Race(proofs) if proofs else search.race
     for count in range(1, len(proofs) + 1):
         for plan in plans:
             last.result(plan, count)
         progress(3 * len(cuts) + count, parts)
-    found = [Checked(plan, float(np.mean([saved(did) for did in last.did(plan)])), *last.result(plan)) for plan in plans]
+    progress(parts, parts)
+    found = [
+        Checked(plan, float(np.mean([search.saved(did) for did in last.did(plan)])), *last.result(plan)) for plan in plans
+    ]
     found = [one for one in found if one.cut > 0 and math.isfinite(one.loss)]
     if len(cuts) == 1:
         return sorted(found, key=lambda one: one.score)[:1]
     return unbeaten(found, lambda one: (round(one.cut, 2), one.score))  # no user tells closer cuts apart
+
+
+class _Search:
+    """Plans that a profile and earlier searches suggest, and the race between them.
+
+    Args:
+        profile: What reuse costs.
+        checks: Prompts to check on.
+        before: Plans that were found before.
+    """
+
+    def __init__(self, profile: Profile, checks: Sequence[Rollouts], before: Sequence[Plan]) -> None:
+        self.profile, self.race, self._rng = profile, _Race(checks), np.random.default_rng(0)
+        self._cost = dict(zip(profile.boundaries, profile.costs, strict=True))
+        self._calls = checks[0].full.record["calls"]  # some samplers evaluate some steps more often than others, or never
+        leads = sorted({max(1, round(share * profile.steps)) for share in _LEADS})
+        self._fronts = [[one.plan for one in front(profile, lead)] for lead in leads]
+        alike = [plan for plan in before if fits(profile, plan)]
+        self.usable = [plan for plan in alike if all(row is None or row.boundary in self._cost for row in plan)]
+        self._remade = [refitted(profile, plan, boundary) for plan in alike for boundary in profile.boundaries]
+
+    def saved(self, plan: Plan) -> float:
+        """The share of the time that a plan saves."""
+        each = zip(plan, self._calls, strict=True)
+        return sum((1 - self._cost[row.boundary]) * of for row, of in each if row) / sum(self._calls)
+
+    def off(self, cut: float, plan: Plan) -> float:
+        """How far a plan is from a cut."""
+        return abs(self.saved(plan) - cut)
+
+    def best(self, cut: float, faster: Plan | None, alone: bool, tries: int) -> Plan | None:
+        """The best plan of about this cut; None if there is none.
+
+        Args:
+            cut: Share of the time to save.
+            faster: The best one of the next higher cut; with some steps computed again it may do for this one.
+            alone: Whether the nearest cut will do, as few steps have few.
+            tries: Further runs, which move one computed step at a time.
+        """
+        missed = functools.partial(self.off, cut)
+        plans = [*(min(some, key=missed) for some in self._fronts), *self.usable, *self._remade]
+        beyond = [faster] if faster else [plan for plan in self.usable if self.saved(plan) > cut + TOLERANCE]
+        for plan in sorted(beyond, key=self.saved)[:1]:
+            while self.saved(plan) > cut + TOLERANCE:
+                plan = denser(self.profile, plan)
+            plans.append(plan)
+        plans = [plan for plan in plans if missed(plan) <= TOLERANCE]
+        if not plans and alone:
+            reusing = [plan for some in (*self._fronts, self.usable) for plan in some if self.saved(plan) > 0]
+            plans = [min(reusing, key=missed)] if reusing else []
+        for plan in plans:
+            if plan in self.usable:  # what is there already is not given up early
+                self.race.result(plan)
+        return self._climbed(self.race.winner(plans), missed, tries) if plans else None
+
+    def _climbed(self, plan: Plan, missed: Callable[[Plan], float], tries: int) -> Plan:
+        most = max(TOLERANCE, missed(plan))  # a move between groups of different boundaries changes the cut
+
+        def near(plan: Plan) -> list[Plan]:
+            return [one for one in neighbours(self.profile, plan) if missed(one) <= most]
+
+        open_ = near(plan) if tries else []
+        for _ in range(tries):
+            if not open_:
+                break
+            won = self.race.winner([plan, open_.pop(int(self._rng.integers(len(open_))))])
+            if won is not plan:
+                plan, open_ = won, near(won)
+        return plan
+
+    def or_sparser(self, plan: Plan, cut: float, slower: Plan) -> Plan:
+        """A plan, or one that is better: the best of the next lower cut, or that with fewer steps computed."""
+        joined = (one for one in sparser(self.profile, slower) if self.saved(one) > self.saved(slower))
+        near = (one for one in itertools.chain((slower,), joined) if self.off(cut, one) <= TOLERANCE)
+        return self.race.winner([plan, *itertools.islice(near, _WIDE)])
 
 
 class _Race:
@@ -228,24 +277,6 @@ class _Race:
         share = np.concatenate(shares[:count])
         finite = np.isfinite(share).all()
         return float(share.mean()), float((share / (share + SATURATION)).mean()) if finite else math.inf
-
-
-def _climbed(
-    profile: Profile, plan: Plan, missed: Callable[[Plan], float], race: _Race, tries: int, rng: np.random.Generator
-) -> Plan:
-    most = max(TOLERANCE, missed(plan))  # a move between groups of different boundaries changes the cut
-
-    def near(plan: Plan) -> list[Plan]:
-        return [one for one in neighbours(profile, plan) if missed(one) <= most]
-
-    open_ = near(plan) if tries else []
-    for _ in range(tries):
-        if not open_:
-            break
-        won = race.winner([plan, open_.pop(int(rng.integers(len(open_))))])
-        if won is not plan:
-            plan, open_ = won, near(won)
-    return plan
 
 
 def entry(model: ModelPatcher, prompt: Prompt, found: Sequence[Checked]) -> Calibrated:

@@ -15,7 +15,7 @@ from blockdance_core.calibration import (
     Found,
     Profile,
     best_forecast,
-    chosen,
+    best_forecasts,
     denser,
     fits,
     front,
@@ -275,9 +275,9 @@ def test_best_forecast_weighs_only_what_can_be_compared() -> None:
     assert nothing == dataclasses.replace(CANDIDATES[0], fitted=((1, 1.0), (3, 0.0))), "of equally good ones the first"
 
 
-def test_chosen_has_a_forecast_for_each_step_behind_a_group_and_none_behind_the_run() -> None:
+def test_best_forecasts_has_one_for_each_step_behind_a_group_and_none_behind_the_run() -> None:
     one = profile(steps=4)
-    table = chosen(one.grams, one.sigmas, (1, 2), 3)
+    table = best_forecasts(one.grams, one.sigmas, (1, 2), 3)
     assert table[1][2][1][1] == best_forecast(one.grams[1], one.sigmas, [2, 0], 3)
     assert [[step[0][j] is not None for j in range(3)] for step in table[0]] == [
         [False, True, True], [False, True, True], [False, True, False], [False, False, False]]
