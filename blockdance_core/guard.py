@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -86,7 +87,11 @@ class _Stream:
 
 
 class Guard:
-    """Says for each step whether it may reuse, and with which forecast. Lives as long as a run.
+    """Says for each step whether it may reuse, and with which forecast. Lives as long as a run, and speaks for all its models.
+
+    What guidance sets against each other must be forecast alike, or not at all: an error that both sides share nearly cancels,
+    one that only one side has is multiplied. So all streams get one answer, also where each side has a model or a GPU of its
+    own.
 
     Args:
         tolerance: Largest error that is accepted, see `config.QUALITIES`.
@@ -96,16 +101,18 @@ class Guard:
 
     def __init__(self, tolerance: float, accepted: Sequence[float], lead: int = 0) -> None:
         self.tolerance, self.accepted, self.lead = tolerance, accepted, lead
-        self.order: int | None = None  # of the forecast to inject in this step; None to compute it
         self._streams: dict[tuple[int, Hashable], _Stream] = {}
         self._computed: dict[int, int] = {}
-        self._asked: tuple[int, int] | None = None
+        self._step: int | None = None
+        self._answers: dict[int, int | None] = {}  # at that step, by boundary
         self._new = 0
+        self._lock = threading.RLock()  # on several GPUs each calls from a thread
 
     @property
     def computed(self) -> int:
         """The last step that was computed, at any boundary."""
-        return max(self._computed.values(), default=0)
+        with self._lock:
+            return max(self._computed.values(), default=0)
 
     @property
     def lost(self) -> bool:
@@ -118,45 +125,52 @@ class Guard:
         """A stream was computed and stored.
 
         Args:
-            boundary: Block index of the output.
+            boundary: Of the output, counted from the end of the model: 0 for the slope that the whole model gives, in models of
+                any depth.
             key: The stream, and what its features are valid under.
             step: Index of the executed step.
             sigma: Noise level.
             output: Raw output of the boundary block, or the slope that the whole model gives.
             base: Input of block 0 in the same layout; None for a slope.
         """
-        if step != self._computed.get(boundary):
-            since = self._computed.get(boundary, 0)
-            for name in [name for name, one in self._streams.items() if name[0] == boundary and one.steps[0] < since]:
-                del self._streams[name]
-            self._computed[boundary] = step
         taken = torch.cat([
             sample(after, _SAMPLES).float() - (0.0 if base is None else sample(before, _SAMPLES).float())
             for after, before in zip(output, base or output, strict=True) if after is not None and before is not None
         ])
-        self._streams.setdefault((boundary, key), _Stream()).add(step, sigma, taken)
+        with self._lock:
+            if step != self._computed.get(boundary):
+                since = self._computed.get(boundary, 0)
+                for name in [name for name, one in self._streams.items() if name[0] == boundary and one.steps[0] < since]:
+                    del self._streams[name]
+                self._computed[boundary] = step
+            self._streams.setdefault((boundary, key), _Stream()).add(step, sigma, taken)
 
     def since(self, boundary: int) -> int:
         """The last step that was computed: a feature from before it may not be injected."""
         return self._computed.get(boundary, 0)
 
-    def allows(self, boundary: int, step: int, orders: Sequence[int] = ORDERS) -> bool:
-        """Whether a step may reuse; `order` says with which forecast. All calls of a step get the same answer.
+    def order(self, boundary: int, step: int, orders: Sequence[int] = ORDERS) -> int | None:
+        """The order of the forecast that a step may inject; None to compute it. All calls of a step get the same answer.
 
         Args:
-            boundary: Block index of the features that would be injected.
+            boundary: Of the features that would be injected, see `observe`.
             step: Index of the executed step.
             orders: Orders to choose from.
         """
-        if (boundary, step) != self._asked:
-            self._asked, self.order = (boundary, step), None
-            computed = self._computed.get(boundary)
-            if computed is not None and step >= self.lead and 0 < step - computed <= _LONGEST:
-                errors = self._errors(boundary, computed, step, orders)
-                best = min(errors, key=lambda order: errors[order], default=None)
-                if best is not None and errors[best] <= self.tolerance * self.accepted[step]:
-                    self.order = best
-        return self.order is not None
+        with self._lock:
+            if step != self._step:
+                self._step, self._answers = step, {}
+            if boundary not in self._answers:
+                self._answers[boundary] = self._best(boundary, step, orders)
+            return self._answers[boundary]
+
+    def _best(self, boundary: int, step: int, orders: Sequence[int]) -> int | None:
+        computed = self._computed.get(boundary)
+        if computed is None or step < self.lead or not 0 < step - computed <= _LONGEST:
+            return None
+        errors = self._errors(boundary, computed, step, orders)
+        best = min(errors, key=lambda order: errors[order], default=None)
+        return best if best is not None and errors[best] <= self.tolerance * self.accepted[step] else None
 
     def _errors(self, boundary: int, computed: int, step: int, orders: Sequence[int]) -> dict[int, float]:
         """The error to expect of each order that every stream of the last computed step has measured; root mean square."""
@@ -174,9 +188,10 @@ class Guard:
 
     def restart(self) -> None:
         """Nothing seen so far holds any longer."""
-        self._streams.clear()
-        self._computed.clear()
-        self._asked = self.order = None
+        with self._lock:
+            self._streams.clear()
+            self._computed.clear()
+            self._step = None
 
 
 def _reach(nodes: Sequence[int], step: int, order: int) -> int:

@@ -1,4 +1,4 @@
-"""What a run knows of one executing model: its blocks, its plan, its cache and its guard."""
+"""What a run knows of one executing model: its blocks, its plan and its cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from blockdance_core import families
-from blockdance_core.config import QUALITIES, Config, Effective, resolve
+from blockdance_core.config import Config, Effective, resolve
 from blockdance_core.guard import ORDERS, Guard
 from blockdance_core.interception import taps
 from blockdance_core.policy.adaptive import Part, parts_of
@@ -19,8 +19,6 @@ from blockdance_core.schedule import Schedule, Step, build
 from blockdance_core.streams import FeatureCache
 from blockdance_core.visit import CallInfo, Moment
 
-_LEAD = 1 / 8
-"""Share of the steps that are computed first where nothing but the guard decides."""
 _LIMIT = 4
 """Stored bytes never exceed this many times the prediction, however many streams turn up later."""
 
@@ -69,9 +67,9 @@ class ModelState:
     """What a session knows of one executing model: its blocks, its plan and its cache."""
 
     def __init__(
-        self, config: Config, diffusion_model: nn.Module, levels: Sequence[float], accepted: Sequence[float], sampler: str
+        self, config: Config, diffusion_model: nn.Module, levels: Sequence[float], sampler: str, guard: Guard | None = None
     ) -> None:
-        """Match the model and plan the run.
+        """Match the model and plan the run, with the guard of the run if it has one.
 
         Raises:
             UnsupportedModelError: No list of blocks that can be skipped was found.
@@ -82,11 +80,7 @@ class ModelState:
         self.effective = in_force(config, match)
         self.schedule: Schedule = planned(config, self.effective, levels, sampler)
         self.cache = FeatureCache(self.schedule.anchored, kept(config, self.schedule))
-        self.guard: Guard | None = None
-        self.guard_alone = config.guard_alone
-        if config.guarded:
-            lead = math.ceil(_LEAD * (len(levels) - 1)) if config.guard_alone else 0
-            self.guard = Guard(QUALITIES[config.quality], accepted, lead)
+        self.guard, self.guard_alone = guard, config.guard_alone
         self.broken: str | None = None
         self.first_evaluation: int | None = None
         self.predicted_bytes = 0
@@ -128,6 +122,10 @@ class ModelState:
             self.group = group
             self.group_starts = [self.group_starts[-1], moment.step]
             self.cache.drop_unseen(self.group_starts[0])
+
+    def from_end(self, boundary: int) -> int:
+        """A boundary as the guard counts it: 0 is the whole model."""
+        return boundary - self.depth
 
     def orders(self, plan: Step) -> Sequence[int]:
         """Orders of the forecast that the guard may choose from: a plan that was made by someone keeps its own.

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from blockdance_core import families
-from blockdance_core.config import Config
+from blockdance_core.config import QUALITIES, Config
+from blockdance_core.guard import Guard
 from blockdance_core.interception import intercept
 from blockdance_core.model_state import Choice, ModelState
 from blockdance_core.policy import AdaptivePolicy
@@ -24,6 +25,9 @@ from blockdance_core.policy.network import Sight
 from blockdance_core.schedule import COMPUTE, REUSE
 from blockdance_core.timing import Stopwatch
 from blockdance_core.visit import CallInfo, Moment, Visit
+
+_LEAD = 1 / 8
+"""Share of the steps that are computed first where nothing but the guard decides."""
 
 
 @dataclasses.dataclass
@@ -68,7 +72,10 @@ class Session:
         self.sampler = sampler
         self.sigmas = list(sigmas)
         self.levels = list(levels)
-        self.accepted = list(accepted) or [1.0] * len(self.levels)
+        self.guard: Guard | None = None  # one for all models
+        if config.guarded:
+            lead = math.ceil(_LEAD * (len(self.levels) - 1)) if config.guard_alone else 0
+            self.guard = Guard(QUALITIES[config.quality], list(accepted) or [1.0] * len(self.levels), lead)
         self.listener: Callable[[int, str], None] | None = None  # told (step, decision) when a step is finished
         self.figures = [StepFigures() for _ in range(max(len(self.sigmas) - 1, 0))]
         self.stopwatch = Stopwatch()
@@ -299,7 +306,7 @@ class Session:
             return None
         if id(owner) not in self.models:
             try:
-                state = ModelState(self.config, diffusion_model, self.levels, self.accepted, self.sampler)
+                state = ModelState(self.config, diffusion_model, self.levels, self.sampler, self.guard)
             except (families.UnsupportedModelError, ValueError) as error:
                 self.unsupported[id(owner)] = str(error)
                 self.warn(str(error))

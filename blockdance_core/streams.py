@@ -194,7 +194,7 @@ class FeatureCache:
         Returns:
             New tensors [rows, tokens, width], of a slope [rows, C, ...]; or why there is no forecast.
         """
-        chunks = []
+        histories = []
         for key in keys:
             history = self._entries.get((key, boundary), [])
             if not history:
@@ -205,8 +205,11 @@ class FeatureCache:
                 return NOTHING_STORED
             # An output that did not fit its input is held, never extrapolated.
             weighed = history if newest.whole or newest.anchored else history[:1]
-            alike = [entry for entry in weighed if entry.anchored == newest.anchored]
-            chunks.append(self._terms(key, boundary, alike, forecast, at))
+            histories.append([entry for entry in weighed if entry.anchored == newest.anchored])
+        least = min(map(len, histories))  # all sides of guidance are forecast alike
+        chunks = [
+            self._terms(key, boundary, history[:least], forecast, at) for key, history in zip(keys, histories, strict=True)
+        ]
         with memory_permitting():
             return tuple(
                 self._combined(index, chunks, current, device) for index in range(len(chunks[0][0][1].feature))
@@ -231,8 +234,9 @@ class FeatureCache:
     ) -> list[tuple[float, Entry]] | None:
         """The terms where guidance has weights of its own, for the difference between a stream and its unconditional one.
 
-        Without guidance the others hold for all. None unless one conditioning is set against one other, and both were stored
-        at the same steps: what is weighed as another stream should be leaves an error that guidance multiplies.
+        Without guidance the others hold for all, and where each side has a model or a GPU of its own, for both. None unless one
+        conditioning is set against one other, and both were stored at the same steps: what is weighed as another stream should
+        be leaves an error that guidance multiplies.
         """
         own = key.whose
         if own is None:
@@ -240,7 +244,7 @@ class FeatureCache:
         now = [(other, other.whose, history) for (other, tap), history in self._entries.items()
                if tap == boundary and history[0].at.step == entries[0].at.step]
         plain = [(weight, entry) for (_, weight), entry in zip(forecast.fitted, entries, strict=False)]
-        if all(stream and stream.kind == POSITIVE for _, stream, _ in now):
+        if {stream and stream.kind for _, stream, _ in now} in ({POSITIVE}, {NEGATIVE}):
             return plain
         stored = _stored(entries[: len(plain)])
         met = [(stream, history) for other, stream, history in now

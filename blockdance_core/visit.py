@@ -107,6 +107,7 @@ class Visit:
         self.stored = False
         self.fallbacks: list[str] = []
         self.warnings: list[str] = []
+        self._order: int | None = None  # of the guard's choice
         self._place = Place(moment.step, plan.group, info.condition, moment.sigma)
         state.enter(plan.group, moment)
         self.probing = state.first_evaluation == moment.evaluation
@@ -140,7 +141,10 @@ class Visit:
         if plan.decision != REUSE or plan.boundary is None:
             return state.taps(*plan.record), None
         record = state.taps(plan.boundary)  # stores at them if it cannot reuse
-        if state.guard is None or state.guard.allows(plan.boundary, self.moment.step, state.orders(plan)):
+        if state.guard is None:
+            return record, plan.boundary
+        self._order = state.guard.order(state.from_end(plan.boundary), self.moment.step, state.orders(plan))
+        if self._order is not None:
             return record, plan.boundary
         if state.guard.lost:
             self.warnings.append("with a quality nothing is reused while conditionings or context windows come and go: of what "
@@ -230,9 +234,9 @@ class Visit:
         forecast, guard, since = self.plan.forecast, self.state.guard, 0
         assert forecast is not None
         if guard is not None and self.plan.boundary is not None:
-            since = guard.since(self.plan.boundary)
-            if self.state.guard_alone and guard.order is not None:
-                forecast = Forecast(anchored=True, order=guard.order)
+            since = guard.since(self.state.from_end(self.plan.boundary))
+            if self.state.guard_alone and self._order is not None:
+                forecast = Forecast(anchored=True, order=self._order)
         predicted = self.state.cache.predict(keys, tap, self._place, forecast, current, self.info.device, since)
         if self.state.cache.unweighed and guard is None:
             self.warnings.append("the policy was calibrated for one prompt against one negative: with these its forecasts are "
@@ -305,7 +309,8 @@ class Visit:
             self.warnings.append("the forecasts of this model cannot be watched: with a quality everything is computed")
             return
         with memory_permitting():
-            guard.observe(index, (key, self.info.condition), self.moment.step, self.moment.sigma, output, base)
+            at = self._place
+            guard.observe(self.state.from_end(index), (key, at.condition), at.step, at.sigma, output, base)
             return
         guard.restart()
         self.fallbacks.append(NO_MEMORY)

@@ -156,6 +156,7 @@ class Rollouts:
             around: Wraps every call of the model: a wrapper of the host's type APPLY_MODEL.
         """
         model = attach(self.model, Config(policy=Fixed(tuple(plan))), quiet=True)
+        model.remove_additional_models("multigpu")  # what is measured is both sides of guidance in one call, on one GPU
         trajectory = Trajectory()
         for wrapper_type, wrapper in (
             (WrappersMP.SAMPLER_SAMPLE, functools.partial(self._sample, trajectory)),

@@ -25,7 +25,7 @@ def see(watch: Guard, step: int, value: float, key: str = "a", boundary: int = 5
 
 
 def asked(watch: Guard, step: int, boundary: int = 5, orders: Sequence[int] = ORDERS) -> bool:
-    return watch.allows(boundary, step, orders)
+    return watch.order(boundary, step, orders) is not None
 
 
 def test_nothing_is_allowed_before_an_error_was_measured() -> None:
@@ -41,7 +41,7 @@ def test_order_0_error_grows_with_the_distance() -> None:
     watch = guard(0.1)
     for step, value in enumerate((1.0, 1.04)):  # off by .04 / 1.04 a step
         see(watch, step, value)
-    assert [(asked(watch, step, orders=(0,)), watch.order) for step in (2, 3, 4)] == [(True, 0), (True, 0), (False, None)]
+    assert [watch.order(5, step, (0,)) for step in (2, 3, 4)] == [0, 0, None]
 
 
 def test_straight_residual_is_forecast_by_a_line_and_a_parabola_by_a_curve() -> None:
@@ -49,10 +49,8 @@ def test_straight_residual_is_forecast_by_a_line_and_a_parabola_by_a_curve() -> 
     for step in range(4):
         see(line, step, 1 + step / 4)
         see(curve, step, 1 + step**2 / 4)
-    assert asked(line, 4)
-    assert line.order == 1
-    assert asked(curve, 4)
-    assert curve.order == 2
+    assert line.order(5, 4) == 1
+    assert curve.order(5, 4) == 2
     flat = guard(0.01)
     for step in range(4):
         see(flat, step, 1 + step / 4)
@@ -77,7 +75,7 @@ def test_lead_and_longest_group() -> None:
     long = Guard(math.inf, [1.0] * 40)
     see(long, 0, 1.0)
     see(long, 1, 1.0)
-    assert [long.allows(5, step) for step in range(2, 12)] == [True] * 8 + [False] * 2
+    assert [asked(long, step) for step in range(2, 12)] == [True] * 8 + [False] * 2
 
 
 def test_all_streams_of_a_step_count_and_get_one_answer() -> None:
@@ -136,8 +134,7 @@ def test_stream_that_appears_late_forbids_what_it_has_not_measured() -> None:
         assert not asked(watch, 4), "b has one feature and no error"
         for key in order:
             see(watch, 4, 1.0, key)
-        assert asked(watch, 5)
-        assert watch.order == 0, "b has measured no other"
+        assert watch.order(5, 5) == 0, "b has measured no other"
 
 
 def test_stream_that_is_gone_forbids_nothing_and_is_forgotten() -> None:
@@ -163,11 +160,11 @@ def test_orders_that_are_not_asked_for_are_not_taken() -> None:
     watch = guard(0.01)
     for step in range(4):
         see(watch, step, 1 + step / 4)
-    assert not watch.allows(5, 4, (0,))
+    assert not asked(watch, 4, orders=(0,))
     watch = guard(0.01)
     for step in range(4):
         see(watch, step, 1 + step / 4)
-    assert watch.allows(5, 4, (1,))
+    assert asked(watch, 4, orders=(1,))
 
 
 def test_feature_from_before_the_last_computed_step_is_too_old() -> None:

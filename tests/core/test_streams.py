@@ -118,6 +118,17 @@ def test_delta_and_taylor_by_hand() -> None:
     assert value(get(into, sigma=0.5, current=3.0)) == pytest.approx(3 + 7 + 1.5)
 
 
+def test_all_of_a_call_are_forecast_with_as_many_features_as_the_newest_has() -> None:
+    into = cache("taylor", keep=2)
+    for step, value_ in ((0, 1.0), (1, 2.0)):
+        put(into, value_, key="old", step=step, sigma=1 - step / 4, base=0.0)
+    put(into, 5.0, key="new", step=1, sigma=0.75, base=0.0)
+    both = get(into, "old", "new", current=0.0)
+    assert isinstance(both, Tensor)
+    assert [float(row.mean()) for row in both] == [2, 5], "a line for one side of guidance alone would not cancel"
+    assert value(get(into, "old", current=0.0)) == 3
+
+
 def test_second_evaluation_of_a_step_replaces_the_first() -> None:
     into = cache("taylor", keep=2)
     put(into, 1.0, step=0, sigma=1.0, base=0.0)

@@ -16,6 +16,7 @@ from tiny import CASES, Case, sample, sample_custom
 from tiny.case import normal
 from torch import Tensor
 
+from blockdance_core.config import QUALITIES
 from blockdance_core.host.attach import handle_of
 
 sd3, flux = CASES["sd3"], CASES["flux"]
@@ -121,6 +122,15 @@ def test_of_two_models_in_one_run_the_first_decides() -> None:
     assert runs(negative) == []
     assert torch.equal(dual(model, negative), dual(model, other))
     assert runs(negative) == []
+
+
+@pytest.mark.parametrize("tolerance", [1.0, 5.0])
+def test_a_quality_gives_two_models_in_one_run_one_answer(tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(QUALITIES, "draft", tolerance)
+    both = accelerate(model_of(sd3), preset="auto", quality="draft")
+    dual(both, sd3.build(seed=1))
+    assert "reuse" in last_run(both)["decisions"]
+    assert "mixed" not in last_run(both)["decisions"]
 
 
 def test_a_latent_that_grows_in_mid_run_computes_once_and_goes_on() -> None:

@@ -8,17 +8,23 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from comfy import model_management
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from contract.test_untouched import snapshot
-from harness import STEPS, accelerate, assert_close, last_run
+from harness import STEPS, accelerate, assert_close, last_run, reused_steps
 from tiny import CASES, Case, count_calls, sample
 from torch import Tensor, nn
 
-from blockdance_core.config import Config
+from blockdance_core.config import QUALITIES, Config
+from blockdance_core.forecast import Forecast
+from blockdance_core.host.rollout import Prompt
+from blockdance_core.host.search import profiled
+from blockdance_core.policy import Fixed
+from blockdance_core.schedule import Reuse
 from blockdance_core.session import Session, StepFigures
 from blockdance_core.visit import CallInfo
 
@@ -82,6 +88,46 @@ def test_conditionings_on_two_devices_reuse_their_own_and_are_counted(case: Case
     assert_close(found, sample(alone, case, steps=STEPS), 1e-3)
     assert run["cached_bytes"] == last_run(alone)["cached_bytes"]
     assert torch.equal(sample(accelerated, case, steps=STEPS), found)
+
+
+@pytest.mark.parametrize("tolerance", [1.0, 3.0, 6.0])
+def test_a_quality_gives_both_devices_one_answer(tolerance: float, two_devices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that one side of guidance has alone is multiplied."""
+    monkeypatch.setitem(QUALITIES, "draft", tolerance)
+    case = CASES["sd3"]
+    model, _ = two_devices(case)
+    settings = {"preset": "auto", "quality": "draft"}
+    accelerated, alone = accelerate(model, **settings), accelerate(case.build(), **settings)
+    found, expected = (sample(one, case, steps=24) for one in (accelerated, alone))
+    assert "reuse" in last_run(alone)["decisions"]
+    assert last_run(accelerated)["decisions"] == last_run(alone)["decisions"]
+    assert_close(found, expected, 1e-3)
+
+
+def test_weights_that_guidance_has_of_its_own_hold_on_two_devices_for_neither(two_devices: Any) -> None:
+    case = CASES["sd3"]
+    model, _ = two_devices(case)
+
+    def follows(one: ModelPatcher, *guided: float) -> ModelPatcher:
+        fitted = Reuse(case.depth, Forecast(True, 1, fitted=((1, 1.4), (2, -0.4)), guided=guided))
+        return accelerate(one, policy=Fixed(tuple(fitted if step in (3, 6) else None for step in range(STEPS))))
+
+    accelerated = follows(model, 0.9, 0.2)
+    found = sample(accelerated, case, steps=STEPS)
+    assert reused_steps(last_run(accelerated)) == [3, 6]
+    assert last_run(accelerated)["warnings"] == []
+    assert_close(found, sample(follows(case.build()), case, steps=STEPS), 1e-3)
+
+
+def test_a_model_on_two_devices_is_profiled_on_one(two_devices: Any) -> None:
+    case = CASES["sd3"]
+    model, other = two_devices(case)
+    prompt = Prompt(*case.conds(model), case.latent(1), 1, 8, 3.0, "euler", "simple")
+    profile, _ = profiled(model, prompt, (case.depth - 3, case.depth))
+    assert np.isfinite(profile.grams).all()
+    alone, _ = profiled(case.build(), prompt, (case.depth - 3, case.depth))
+    np.testing.assert_allclose(profile.grams, alone.grams, rtol=1e-3)
+    assert [snapshot(each)["forwards"] for each in (model, other)] == [[], []], "no hook stays"
 
 
 def test_a_conditioning_that_changes_its_device_in_mid_run_takes_no_other_feature(two_devices: Any) -> None:
