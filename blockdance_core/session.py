@@ -98,6 +98,8 @@ class Session:
         self._estimates: deque[torch.Tensor] = deque(maxlen=2)
         self._occurrences: defaultdict[Hashable, int] = defaultdict(int)
         self._numbers: dict[Hashable, int] = {}  # of the evaluation before
+        self._recorded = self._refused = -1  # the last steps at which something was to be stored, and at which it was not
+        self._hindered = False
         self._lock = threading.Condition()  # on several GPUs the host calls one model per device, each from a thread
         self._under_way = 0
         self._closed = False
@@ -133,6 +135,7 @@ class Session:
                 state.forget()
         if self.evaluations and step != self.step:
             self._tell()
+            self._hindered = 0 <= self._refused == self._recorded
         self.evaluations += 1
         self.step, self.sigma, self.condition = step, sigma, condition
         if self.looks_at is not None and step >= self.looks_at:
@@ -247,7 +250,7 @@ class Session:
                     state, share = state.parts[part], len(self.choice.parts[part][0]) / len(self.choice.wanted)
             visit = None
             if state is not None and state.active:
-                info, moment = state.streams_of(describe()), Moment(self.step, self.evaluations, self.sigma)
+                info, moment = state.streams_of(describe()), Moment(self.step, self.evaluations, self.sigma, self._hindered)
                 visit = Visit(state, state.schedule.steps[self.step], moment, info, self._streams(owner, info, part))
         with self.stopwatch.span(self.step, device):
             if state is not None and visit is not None and visit.intercepts:
@@ -261,6 +264,10 @@ class Session:
             if visit is not None:
                 self.fallbacks.update(visit.fallbacks)
                 self.warn(*visit.warnings)
+                if visit.stored or visit.refused:
+                    self._recorded = self.step
+                if visit.refused:
+                    self._refused = self.step
                 figures.reused += visit.reused
                 figures.stored += visit.stored and visit.plan.group is not None
                 figures.blocks -= share * visit.skipped

@@ -42,11 +42,20 @@ class CallInfo(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """When a call happens: index of the executed step, number of the evaluation, and its noise level."""
+    """When a call happens.
+
+    Attributes:
+        step: Index of the executed step.
+        evaluation: Number of the evaluation.
+        sigma: Its noise level.
+        hindered: Whether one of the calls that were computed last could not store its part. Then none reuses: the error of a
+            forecast that one side of guidance has alone does not cancel, and guidance multiplies it.
+    """
 
     step: int
     evaluation: int
     sigma: float
+    hindered: bool = False
 
 
 @dataclasses.dataclass
@@ -85,6 +94,7 @@ class Visit:
         passes: How often the call ran the model: once, unless another node makes it run again.
         reused_passes: How many passes a feature was injected into.
         stored: Whether a feature was stored.
+        refused: Whether one was to be, and was not.
         skipped: Number of blocks that did not run.
         fallbacks: Reasons why something planned was not done.
         warnings: What the user should know.
@@ -104,7 +114,7 @@ class Visit:
         """
         self.state, self.plan, self.moment, self.info, self.streams = state, plan, moment, info, streams
         self.passes = self.reused_passes = self.skipped = 0
-        self.stored = False
+        self.stored = self.refused = False
         self.fallbacks: list[str] = []
         self.warnings: list[str] = []
         self._order: int | None = None  # of the guard's choice
@@ -117,7 +127,7 @@ class Visit:
         told = bool(self.streams) and not self.info.rows % len(self.streams)
         unknown = None if told else "the host did not say which conditionings this call holds"
         if unknown and record:
-            self.fallbacks.append(unknown)
+            self._refuse(unknown)
             record, boundary = (), None
         self._slope_kept = state.depth in record
         self._slope_measured = self.probing and state.depth in state.tapped and not unknown
@@ -126,8 +136,11 @@ class Visit:
         self._tapped = tapped = tuple(index for index in state.tapped if index != state.depth)
         obstacle = unknown or self._obstacle()
         if obstacle and record:
-            self.fallbacks.append(obstacle)
+            self._refuse(obstacle)
             record, boundary = (), None
+        if moment.hindered and (self.bypass or boundary is not None):
+            self.fallbacks.append("another call of this step cannot reuse, so none does")
+            self.bypass, boundary = False, None
         flow = FlowCheck() if self.probing and state.family.verify and tapped else None
         self.boundary = boundary
         self._now = self._planned = _Pass(record, boundary, obstacle, flow)
@@ -182,7 +195,7 @@ class Visit:
         with memory_permitting():
             self._store(keys, self.state.depth, (latent.float().sub(estimate).div_(level),), None)
             return estimate
-        self.fallbacks.append(NO_MEMORY)
+        self._refuse(NO_MEMORY)
         return estimate
 
     def at_input(self, feature: Feature | None, obstacle: str | None) -> Mapping[int, Feature] | None:
@@ -197,7 +210,8 @@ class Visit:
             self._break("its blocks do not take one row per sample")
             return None
         if obstacle:
-            self.fallbacks += [obstacle] if now.record else []
+            if now.record:
+                self._refuse(obstacle)
             now.obstacle, now.record = obstacle, ()
         if self.state.broken or not now.record:
             return None
@@ -215,7 +229,7 @@ class Visit:
             if self.state.cache.anchored:
                 now.input = cloned(feature)
             return None
-        self.fallbacks.append(NO_MEMORY)
+        self._refuse(NO_MEMORY)
         now.record = ()
         return None
 
@@ -262,7 +276,7 @@ class Visit:
             with memory_permitting():
                 self._store(now.keys, index, output, None if now.input is None else self._in_layout_of(index, now.input))
                 return
-            self.fallbacks.append(NO_MEMORY)
+            self._refuse(NO_MEMORY)
 
     @property
     def reused(self) -> bool:
@@ -293,7 +307,7 @@ class Visit:
             entry = self.state.cache.store(
                 key, index, self._place, chunk(output), None if base is None else chunk(base), whole)
             if isinstance(entry, str):
-                self.fallbacks.append(entry)
+                self._refuse(entry)
                 continue
             self.stored = True
             self._watch(index, key, chunk(output), chunk(base) if entry.anchored and base is not None else None)
@@ -327,6 +341,10 @@ class Visit:
             if self.state.blocks[index].hook_key in self.info.replaced:
                 return f"another node replaces block {index}"
         return None
+
+    def _refuse(self, reason: str) -> None:
+        self.refused = True
+        self.fallbacks.append(reason)
 
     def _break(self, reason: str) -> None:
         self.state.broken = reason

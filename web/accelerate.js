@@ -1,6 +1,6 @@
 /** What the Accelerate node shows about itself: the values in force, then the run. */
 
-import { lastingKey } from "./graph.js";
+import { isFed, lastingKey } from "./graph.js";
 import { addPanel, chain, element } from "./panel.js";
 import { noteTexts, percent, reusedText, sentence, settingsText, timeText } from "./run.js";
 import { Timeline } from "./timeline.js";
@@ -8,7 +8,6 @@ import { Timeline } from "./timeline.js";
 /** Set by the presets `auto` and `paper`, so inactive under them; a policy decides in place of these and the preset. */
 const PRESET_WIDGETS = ["start_percent", "end_percent", "window", "boundary", "forecast"];
 const REMEMBERED = 50; // nodes
-const SILENT = [2, 4]; // modes of a node that gives nothing: muted, bypassed
 
 /**
  * @typedef {object} State
@@ -127,8 +126,7 @@ export class AccelerateView {
   }
 
   #hasPolicy() {
-    const slot = this.node.inputs?.findIndex((/** @type {any} */ input) => input.name === "policy") ?? -1;
-    return this.node.inputs?.[slot]?.link != null && !SILENT.includes(this.node.getInputNode(slot)?.mode);
+    return isFed(this.node, "policy");
   }
 
   /** The values in force; undefined where they were told before a policy was connected or taken away. */

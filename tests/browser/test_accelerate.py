@@ -253,6 +253,31 @@ def test_workflow_built_again_shows_its_last_run(page: NodePage) -> None:
     assert page.widgets(1)["boundary"]["label"] == "boundary"
 
 
+def test_policy_input_that_a_subgraph_exposes_counts_where_something_is_connected_outside(page: NodePage) -> None:
+    page.load(accelerate(preset="custom"), node(2, "BlockDanceLoadPolicy", ["a.safetensors"], x=900))
+    leaf, outer = page.js(
+        "() => { const { graph } = window.app; "
+        "const { subgraph, node } = graph.convertToSubgraph(new Set([graph.getNodeById(1)])); "
+        "const leaf = subgraph.nodes[0], slot = leaf.findInputSlot('policy'); "
+        "subgraph.addInput('policy', 'BLOCKDANCE_POLICY').connect(leaf.inputs[slot], leaf); "
+        "return [leaf.id, node.id]; }"
+    )
+
+    def greyed() -> list[str]:
+        page.send("status", node_id=f"{outer}:{leaf}", supported=True, message="", effective={**EFFECTIVE, "preset": "custom"})
+        found: list[str] = page.js(
+            "([outer, leaf]) => window.app.rootGraph.getNodeById(outer).subgraph.getNodeById(leaf).widgets"
+            ".filter((widget) => widget.disabled).map((widget) => widget.name)", [outer, leaf])
+        return found
+
+    assert greyed() == []
+    page.js("(outer) => { const { graph } = window.app; graph.getNodeById(2).connect(0, graph.getNodeById(outer), 'policy'); }",
+            outer)
+    assert "preset" in greyed()
+    page.js("() => { window.app.graph.getNodeById(2).mode = 4; }")
+    assert greyed() == []
+
+
 def test_node_in_nested_subgraphs_receives_its_events(page: NodePage) -> None:
     page.load(accelerate())
     path, = page.js(
