@@ -107,6 +107,11 @@ def expanded(plan: Plan, order: int | None = None) -> Plan:
     return tuple(row and Reuse(row.boundary, plain(row.forecast)) for row in plan)
 
 
+def unguided(plan: Plan) -> Plan:
+    """The same plan with the weights of the unconditional stream for all streams."""
+    return tuple(row and Reuse(row.boundary, dataclasses.replace(row.forecast, guided=())) for row in plan)
+
+
 def follow(plan: Plan) -> Schedule:
     """The schedule of an explicit plan.
 

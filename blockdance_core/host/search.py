@@ -17,7 +17,7 @@ from blockdance_core.host import profiling
 from blockdance_core.host.attach import match_of
 from blockdance_core.host.rollout import Prompt, Rollouts, function_of, levels_of, sigmas_of
 from blockdance_core.policy import Calibrated
-from blockdance_core.schedule import CACHE, COMPUTE, Plan, expanded
+from blockdance_core.schedule import CACHE, COMPUTE, Plan, expanded, unguided
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -138,7 +138,8 @@ def calibrated(
         progress(done, parts)
     plans = []
     for done, plan in enumerate(best.values(), 2 * len(cuts) + 1):
-        plans.append(search.race.winner([plan, expanded(plan), expanded(plan, 0)]))  # the others where the fit does not hold
+        # One step ahead the fitted weights are the best; in a run, where errors add up, others may be.
+        plans.append(search.race.winner([plan, unguided(plan), expanded(plan), expanded(plan, 0)]))
         progress(done, parts)
     if proofs:
         known = (plan for plan in search.usable if min(search.off(cut, plan) for cut in cuts) <= TOLERANCE)

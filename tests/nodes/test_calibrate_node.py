@@ -23,7 +23,7 @@ from blockdance_core.host import paths, search
 from blockdance_core.host.calibrate import keep
 from blockdance_core.host.search import Checked, calibrated, letters, reaching
 from blockdance_core.policy import PolicyError, load
-from blockdance_core.schedule import expanded, follow
+from blockdance_core.schedule import expanded, follow, unguided
 
 CASE = CASES["sd3"]
 STEPS = 8
@@ -184,6 +184,17 @@ def test_weights_that_do_not_hold_on_other_prompts_give_way_to_what_was_stored_l
     found, = calibrated(measured.profile, [pretended(errors)], (0.5,))
     assert any(found.plan)
     assert {(row.forecast.order, row.forecast.fitted, row.forecast.guided) for row in found.plan if row} == {(0, (), ())}
+
+
+def test_weights_of_its_own_for_guidance_give_way_where_runs_are_closer_without(measured: Any) -> None:
+    def errors(plan: Any) -> torch.Tensor:
+        return torch.tensor([1e-6 if plan == unguided(plan) != expanded(plan) else 1e-3])
+
+    (guided,), (found,) = (
+        calibrated(measured.profile, [pretended(judge)], (0.5,)) for judge in (lambda plan: torch.tensor([1e-3]), errors))
+    assert any(row.forecast.guided for row in guided.plan if row)
+    assert found.plan == unguided(guided.plan)
+    assert any(row.forecast.fitted for row in found.plan if row)
 
 
 def test_faster_level_may_come_from_the_next_slower_one(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
