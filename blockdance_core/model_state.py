@@ -81,6 +81,7 @@ class ModelState:
         self.schedule: Schedule = planned(config, self.effective, levels, sampler)
         self.cache = FeatureCache(self.schedule.anchored, kept(config, self.schedule))
         self.guard, self.guard_alone = guard, config.guard_alone
+        self.sole = True  # whether no other model takes part in the run
         self.broken: str | None = None
         self.first_evaluation: int | None = None
         self.predicted_bytes = 0

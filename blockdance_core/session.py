@@ -319,6 +319,8 @@ class Session:
                 self.warn(str(error))
                 return None
             self.models[id(owner)] = state
+            for one in self.models.values():
+                one.sole = len(self.models) == 1
             first = next(iter(self.models.values()))
             if (state.effective, state.schedule.window) != (first.effective, first.schedule.window):
                 self.warn("two models ran: window, boundary and settings are those of the first")

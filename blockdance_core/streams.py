@@ -234,9 +234,8 @@ class FeatureCache:
     ) -> list[tuple[float, Entry]] | None:
         """The terms where guidance has weights of its own, for the difference between a stream and its unconditional one.
 
-        Without guidance the others hold for all, and where each side has a model or a GPU of its own, for both. None unless one
-        conditioning is set against one other, and both were stored at the same steps: what is weighed as another stream should
-        be leaves an error that guidance multiplies.
+        Without guidance the others hold for all. None unless one conditioning is set against one other, and both were stored
+        at the same steps: what is weighed as another stream should be leaves an error that guidance multiplies.
         """
         own = key.whose
         if own is None:
@@ -244,7 +243,7 @@ class FeatureCache:
         now = [(other, other.whose, history) for (other, tap), history in self._entries.items()
                if tap == boundary and history[0].at.step == entries[0].at.step]
         plain = [(weight, entry) for (_, weight), entry in zip(forecast.fitted, entries, strict=False)]
-        if {stream and stream.kind for _, stream, _ in now} in ({POSITIVE}, {NEGATIVE}):
+        if all(stream and stream.kind == POSITIVE for _, stream, _ in now):
             return plain
         stored = _stored(entries[: len(plain)])
         met = [(stream, history) for other, stream, history in now

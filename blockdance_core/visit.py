@@ -251,6 +251,8 @@ class Visit:
             since = guard.since(self.state.from_end(self.plan.boundary))
             if self.state.guard_alone and self._order is not None:
                 forecast = Forecast(anchored=True, order=self._order)
+        if forecast.guided and not self.state.sole:  # the other side of guidance is not in this cache
+            forecast = dataclasses.replace(forecast, fitted=(), guided=())
         predicted = self.state.cache.predict(keys, tap, self._place, forecast, current, self.info.device, since)
         if self.state.cache.unweighed and guard is None:
             self.warnings.append("the policy was calibrated for one prompt against one negative: with these its forecasts are "

@@ -104,19 +104,20 @@ def test_a_quality_gives_both_devices_one_answer(tolerance: float, two_devices: 
     assert_close(found, expected, 1e-3)
 
 
-def test_weights_that_guidance_has_of_its_own_hold_on_two_devices_for_neither(two_devices: Any) -> None:
+def test_weights_that_guidance_has_of_its_own_hold_on_one_device_alone(two_devices: Any) -> None:
+    """They take both sides; those of the unconditional stream for both are worse than the expansions."""
     case = CASES["sd3"]
     model, _ = two_devices(case)
 
-    def follows(one: ModelPatcher, *guided: float) -> ModelPatcher:
-        fitted = Reuse(case.depth, Forecast(True, 1, fitted=((1, 1.4), (2, -0.4)), guided=guided))
-        return accelerate(one, policy=Fixed(tuple(fitted if step in (3, 6) else None for step in range(STEPS))))
+    def follows(one: ModelPatcher, forecast: Forecast) -> ModelPatcher:
+        row = Reuse(case.depth, forecast)
+        return accelerate(one, policy=Fixed(tuple(row if step in (3, 6) else None for step in range(STEPS))))
 
-    accelerated = follows(model, 0.9, 0.2)
+    accelerated = follows(model, Forecast(True, 1, fitted=((1, 1.4), (2, -0.4)), guided=(0.9, 0.2)))
     found = sample(accelerated, case, steps=STEPS)
     assert reused_steps(last_run(accelerated)) == [3, 6]
     assert last_run(accelerated)["warnings"] == []
-    assert_close(found, sample(follows(case.build()), case, steps=STEPS), 1e-3)
+    assert_close(found, sample(follows(case.build(), Forecast(True, 1)), case, steps=STEPS), 1e-3)
 
 
 def test_a_model_on_two_devices_is_profiled_on_one(two_devices: Any) -> None:
