@@ -207,6 +207,7 @@ class SchedulePolicy:
         boundary = self.boundary
         require(boundary is None or boundary <= self.depth,
                 f"boundary {boundary} is outside the depth of {self.depth} blocks")
+        require(0 <= self.wanted < 1, f"cut = {self.wanted:g} is no share of the time: expected 0 to below 1")
 
     @property
     def boundary(self) -> int | None:

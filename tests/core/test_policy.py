@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pickle
 import struct
@@ -95,6 +96,9 @@ def test_cut_picks_any_level_in_place_of_n(cut: float, expected: int, warnings: 
     assert letters(plan) == PLANS[20][expected]
     assert plan.warnings == warnings
     assert not policy().at(0.9).schedule(even(20), "euler", 1).boundaries, "N = 1 is off"
+    for nonsense in (-0.1, 1.0, math.nan):
+        with pytest.raises(ConfigError, match="no share of the time"):
+            policy().at(nonsense)
 
 
 @pytest.mark.parametrize("levels", [[], [0.0], even(3), even(20)])
