@@ -94,7 +94,7 @@ def measure(
 def _reused(record: dict[str, Any], planned: Sequence[int]) -> int:
     """How many of the steps that are planned to reuse did so, up to the first that did not; some samplers leave steps out.
 
-    In a step that is mixed some calls reuse; others, such as the pass of a guidance node that replaces blocks, never can.
+    In a step that is mixed some calls reuse; others, such as those of a conditioning that is new, cannot.
     """
     kept = itertools.takewhile(
         lambda step: record["decisions"][step] not in (COMPUTE, CACHE) or not record["calls"][step], planned)

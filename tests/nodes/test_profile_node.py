@@ -434,14 +434,13 @@ def test_of_runs_that_are_only_judged_no_prediction_is_kept() -> None:
     assert torch.equal(rollouts.errors(run), before)
 
 
-def test_beside_a_guidance_pass_that_cannot_be_shortened_the_rest_is_profiled(node: Any) -> None:
-    """Such steps are mixed: what reuses is measured, with the time that it really takes."""
+def test_beside_a_guidance_pass_that_cannot_be_shortened_the_whole_model_is_profiled(node: Any) -> None:
+    """At a block nothing reuses, as the other passes are computed, too."""
     from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 
     guided = SkipLayerGuidanceDiT.execute(model_of(CASE), 3.0, 0.0, 1.0, double_layers="0", single_layers="").result[0]
-    rollouts = Rollouts(guided, prompt())
-    run = rollouts.run([None, None, None, Reuse(7, FORECASTS["taylor"]), *[None] * 4])
-    assert run.record["decisions"][3] == "mixed"
+    with pytest.raises(ValueError, match=r"Nothing can be reused .*another node replaces block 0"):
+        node.execute(**inputs(model=guided, boundaries="7"))
     _, report = node.execute(**inputs(model=guided)).result
     errors, = json.loads(report)["errors"]
     assert all(error > 0 for error in errors[:-1])
