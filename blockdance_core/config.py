@@ -71,7 +71,7 @@ class Config:
         boundary: Last block that is skipped, 0-based; -1 for the recommended one.
         forecast: What is injected at a reuse step, see `forecast.py`.
         cache_device: Where features are kept.
-        policy: Says which steps reuse what, in place of everything but `enabled`, N and `cache_device`.
+        policy: Says which steps reuse what, in place of everything but `enabled`, N, `cache_device` and `quality`.
         quality: How far a forecast may be off before a step is computed instead, see `guard.py`; `off` for no limit.
 
     Raises:

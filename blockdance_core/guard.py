@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from blockdance_core.forecast import Forecast
-from blockdance_core.interception import Feature, sample
+from blockdance_core.interception import Feature
 
 _SAMPLES = 1 << 15
 """Values that a stream is judged by, at most."""
@@ -197,3 +197,19 @@ class Guard:
 def _reach(nodes: Sequence[int], step: int, order: int) -> int:
     """Product of the distances in steps to the computed ones that a forecast of this order uses."""
     return math.prod(abs(step - node) for node in nodes[: order + 1])
+
+
+def sample(part: Tensor, most: int) -> Tensor:
+    """Some of the values, evenly spread and from every channel, as a row; of the same shape always the same places.
+
+    Args:
+        part: A component of a feature, of any size.
+        most: So many values at most.
+    """
+    stride = max(1, -(-part.numel() // most))
+    while part.ndim and math.gcd(stride, part.shape[-1]) > 1:  # else it would meet the same channels again and again
+        stride += 1
+    if part.is_contiguous() or stride == 1:
+        return part.reshape(-1)[::stride]
+    places = torch.arange(0, part.numel(), stride, device=part.device)
+    return part[torch.unravel_index(places, part.shape)]

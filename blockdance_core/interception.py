@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -293,19 +292,3 @@ def signature(feature: Feature) -> tuple[object, ...]:
 def nbytes(feature: Feature) -> int:
     """Size in bytes."""
     return sum(0 if part is None else part.numel() * part.element_size() for part in feature)
-
-
-def sample(part: Tensor, most: int) -> Tensor:
-    """Some of the values, evenly spread and from every channel, as a row; of the same shape always the same places.
-
-    Args:
-        part: A component of a feature, of any size.
-        most: So many values at most.
-    """
-    stride = max(1, -(-part.numel() // most))
-    while part.ndim and math.gcd(stride, part.shape[-1]) > 1:  # else it would meet the same channels again and again
-        stride += 1
-    if part.is_contiguous() or stride == 1:
-        return part.reshape(-1)[::stride]
-    places = torch.arange(0, part.numel(), stride, device=part.device)
-    return part[torch.unravel_index(places, part.shape)]

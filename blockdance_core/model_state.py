@@ -208,7 +208,7 @@ class ModelState:
         if choice == "gpu" or predicted <= room:
             cache.limit = min(cache.limit, max(room, 0.0))
             return () if predicted <= room else (f"{size}: what does not is not reused; choose cache device auto or cpu",)
-        if cache.keep > 1 and predicted / cache.keep <= room:
+        if cache.keep > 1 and predicted / cache.keep <= room and self.sole:  # others would go on with theirs
             self.predicted_bytes = predicted // cache.keep
             cache.limit = min(_LIMIT * self.predicted_bytes, room)
             return (f"{size}: no history is kept, forecasts are of order 0", *cache.move(info.device, 1))

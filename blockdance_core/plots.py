@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = {"compute": (138, 144, 153), "cache": (230, 159, 0), "reuse": (86, 180, 233), "mixed": (204, 121, 167)}
-"""By decision, as in web/timeline.js; grey and three colours of the colour-blind safe palette of Okabe and Ito."""
+"""By decision, as in web/blockdance.css; grey and three colours of the colour-blind safe palette of Okabe and Ito."""
 _BACKGROUND, _INK, _FAINT = (24, 26, 30), (235, 237, 240), (140, 146, 155)
 _LEVELS = ((86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66), (213, 94, 0), (0, 114, 178))
 _WIDTH, _HEIGHT, _MARGIN = 960, 300, 40

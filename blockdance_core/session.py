@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from blockdance_core import families
-from blockdance_core.config import QUALITIES, Config
+from blockdance_core.config import QUALITIES, Config, ConfigError
 from blockdance_core.guard import Guard
 from blockdance_core.interception import intercept
 from blockdance_core.model_state import Choice, ModelState
@@ -86,7 +86,7 @@ class Session:
         self.fallbacks: Counter[str] = Counter()
         self.warnings: list[str] = []
         self.models: dict[int, ModelState] = {}
-        self.unsupported: dict[int, str] = {}
+        self.unsupported: set[int] = set()
         self.step = 0
         self.sigma = math.nan
         self.condition: Hashable = None
@@ -314,8 +314,8 @@ class Session:
         if id(owner) not in self.models:
             try:
                 state = ModelState(self.config, diffusion_model, self.levels, self.sampler, self.guard)
-            except (families.UnsupportedModelError, ValueError) as error:
-                self.unsupported[id(owner)] = str(error)
+            except (families.UnsupportedModelError, ConfigError) as error:
+                self.unsupported.add(id(owner))
                 self.warn(str(error))
                 return None
             self.models[id(owner)] = state

@@ -275,11 +275,12 @@ class FeatureCache:
         result = torch.empty((rows * len(chunks), *first.shape[1:]), dtype=first.dtype, device=device or first.device)
         for number, chunk in enumerate(chunks):
             target = result.narrow(0, number * rows, rows)
+            # Sums of half floats overflow or round on the way; float32 adds in place.
+            total = target if target.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
             if base is None or not chunk[0][1].anchored:
-                target.zero_()
+                total.zero_()
             else:
-                target.copy_(base.narrow(0, number * rows, rows))
-            total = target.float()  # sums of half floats overflow or round on the way; float32 adds in place
+                total.copy_(base.narrow(0, number * rows, rows))
             for weight, entry in chunk:
                 part = entry.feature[index]
                 if part is not None:
@@ -354,7 +355,7 @@ class FeatureCache:
         # Blocks and the host write into their tensors later on: what is stored must be a new tensor.
         if base is None:
             return part.to(device, copy=True)
-        return _saturated(part.to(torch.float32, copy=True).sub_(base), part.dtype).to(device)
+        return _saturated(part - base, part.dtype).to(device)  # half floats, too, are subtracted in float32 and rounded once
 
     def _replace(self, key: StreamKey, boundary: int, history: list[Entry]) -> None:
         before = self._entries.pop((key, boundary), [])
@@ -375,11 +376,11 @@ def _copied(entry: Entry, rows: Sequence[int]) -> Entry:
 
 
 def _saturated(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` in `dtype`; what float16 cannot hold becomes its largest number, as the host does with its own features."""
+    """`value`, in place, within what float16 can hold if that is the dtype: as the host does with its own features."""
     if dtype == torch.float16:
         limits = torch.finfo(dtype)
-        value = value.clamp(limits.min, limits.max)
-    return value.to(dtype)
+        value.clamp_(limits.min, limits.max)
+    return value
 
 
 def _fits(part: Tensor | None, base: Tensor | None) -> bool:

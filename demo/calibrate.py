@@ -21,8 +21,8 @@ import numpy as np
 
 from blockdance_core.calibration import Profile
 from demo import options as common
-from demo.bench.runner import batches
 from demo.loader import MODELS, POLICIES, load_demo
+from demo.prompts import batches
 
 BATCH = 4
 _SEEDS = {"profile": 1_000_000, "checks": 2_000_000, "proofs": 3_000_000}
@@ -67,8 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def calibrate(demo: Any, options: argparse.Namespace, out: Path, command: str) -> None:
     """One number of steps, from the profile to the file; nothing if the file holds it already."""
     from blockdance_core.host import calibrate as host
+    from blockdance_core.host.attach import depth_of
     from blockdance_core.host.measured import extended, parse_boundaries
-    from blockdance_core.host.search import CUTS, depth_of
+    from blockdance_core.host.search import CUTS
 
     settings = {
         "model": options.model, "split": "train", "seed": options.seed, "noise_seeds": _SEEDS, "sampler": options.sampler,
@@ -78,7 +79,7 @@ def calibrate(demo: Any, options: argparse.Namespace, out: Path, command: str) -
     how = {"checks": options.checks, "proofs": options.proofs, "effort": options.effort, "cut": options.cut,
            "fidelity_db": options.fidelity}
     title = f"{options.model}, {options.steps} steps of {options.sampler} {options.scheduler}"
-    policy = host.kept(out, demo.model)
+    policy = host.policy_in(out, demo.model)
     records = policy.record.get("calibrations", {}).values() if policy else ()
     recorded = [one for record in records for one in (record, *record.get("added", ()))]
     if not options.again and any((settings | how).items() <= record.items() for record in recorded):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from blockdance_core.host.processes import device_arguments
+from blockdance_core.host.processes import device_arguments, select_gpu
 from demo.architectures import ARCHITECTURES
 from demo.hosting import launcher
 
@@ -34,6 +34,7 @@ def fitted(options: argparse.Namespace, name: str, steps: int | None = None) -> 
 
 def begin(options: argparse.Namespace) -> None:
     """Put the host on the path, started for the GPU where there is one."""
+    select_gpu()
     launcher.enter(*device_arguments())
     torch.set_num_threads(options.threads)
     logging.getLogger().setLevel(logging.WARNING)

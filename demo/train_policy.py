@@ -14,8 +14,8 @@ from typing import Any
 from blockdance_core.host import processes
 from blockdance_core.host import train_policy as command
 from demo import options as common
-from demo.bench.runner import batches
 from demo.loader import MODELS, POLICIES, load_demo
+from demo.prompts import batches
 
 _SEED = 5_000_000
 """Noise of neither the calibration nor the benchmark."""
@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace, line: str) -> dict[str, Any] | None:
+    from blockdance_core.host.attach import depth_of
     from blockdance_core.host.rewards import by_name
-    from blockdance_core.host.search import depth_of
     from blockdance_core.host.training import train
     from blockdance_core.policy import load
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from blockdance_core.host import notify
+from blockdance_core.host.attach import depth_of
 from blockdance_core.host.measured import Measured, extended, parse_boundaries
 from blockdance_core.host.rollout import choices, prompt_of
-from blockdance_core.host.search import depth_of
 
 from .texts import described
 

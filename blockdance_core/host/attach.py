@@ -119,6 +119,17 @@ def match_of(model: ModelPatcher) -> families.Match:
     return families.find(model.get_model_object("diffusion_model"))
 
 
+def depth_of(model: ModelPatcher) -> int:
+    """How many blocks a MODEL has."""
+    return len(match_of(model).blocks)
+
+
+def kind_of(model: ModelPatcher) -> tuple[str, int]:
+    """The name of the family of a MODEL, and how many blocks it has: what a policy is for."""
+    match = match_of(model)
+    return match.family.name, len(match.blocks)
+
+
 def handle_of(model: ModelPatcher) -> Handle | None:
     """The handle that `attach` left on a MODEL, through any clones; None if there is none."""
     handle = model.get_attachment(KEY)

@@ -11,10 +11,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from blockdance_core.config import ConfigError
-from blockdance_core.host.attach import match_of
+from blockdance_core.host.attach import kind_of
 from blockdance_core.host.measured import Measured
 from blockdance_core.host.rollout import Prompt, Rollouts
-from blockdance_core.host.search import CUTS, TOLERANCE, Checked, calibrated, entry, reaching, table
+from blockdance_core.host.search import CUTS, TOLERANCE, Checked, best_schedules, entry, reaching, table
 from blockdance_core.host.versions import versions
 from blockdance_core.policy import Calibrated, SchedulePolicy, load, save
 
@@ -34,7 +34,7 @@ def calibrate(
         path: The policy file.
         cuts: Shares of the time to save.
         fidelity: Keep the schedule alone that saves most of those that reach so many dB; 0 keeps all.
-        tries: See `calibrated`.
+        tries: See `best_schedules`.
         progress: Told how many of how many parts are done.
         checks: Further prompts to choose them on; none for those of the profile.
         proofs: Further prompts to prove them on; none for those that they were chosen on.
@@ -48,7 +48,7 @@ def calibrate(
         ConfigError: The file is there already, and damaged or for another model.
         ValueError: There is no such schedule.
     """
-    policy, first = kept(path, measured.model), measured.prompts[0]
+    policy, first = policy_in(path, measured.model), measured.prompts[0]
     nothing = Checked((None,) * measured.profile.steps, 0.0, 0.0, 0.0)
     key = entry(measured.model, first, [nothing]).key
     before = [plan for one in policy.entries if one.key == key for plan in one.plans] if policy else []
@@ -58,7 +58,7 @@ def calibrate(
         rollouts.append(Rollouts(measured.model, prompt))
         rollouts[-1].forget()
     held = len(rollouts) - len(proofs)
-    found = calibrated(measured.profile, rollouts[:held], cuts, tries, progress, before, rollouts[held:])
+    found = best_schedules(measured.profile, rollouts[:held], cuts, tries, progress, before, rollouts[held:])
     if not found:
         raise ValueError(f"No schedule of {measured.profile.steps} steps saves a share of the time near {list(cuts)}.")
     found = reaching(found, fidelity) if fidelity else found
@@ -95,21 +95,21 @@ def keep(
         The policy as it stands in the file.
     """
     path, key = Path(path), calibration.key
-    before = kept(path, model)
+    before = policy_in(path, model)
     entries = before.entries if before else ()
     for other in (one for one in entries if add and one.key == key):
         calibration = calibration.joined(other, add, TOLERANCE)
-    policy = SchedulePolicy(path.stem, *_kind(model), (calibration,)) if before is None else before.extended(calibration)
+    policy = SchedulePolicy(path.stem, *kind_of(model), (calibration,)) if before is None else before.extended(calibration)
     records = dict(policy.record.get("calibrations", {}))
     whole = add and records.get(key)
     records[key] = {**whole, "added": [*whole.get("added", ()), dict(record)]} if whole else dict(record)
     save(dataclasses.replace(policy, record={**policy.record, "calibrations": records}), path)
-    written = kept(path, model)
+    written = policy_in(path, model)
     assert written is not None
     return written
 
 
-def kept(path: str | os.PathLike[str], model: ModelPatcher) -> SchedulePolicy | None:
+def policy_in(path: str | os.PathLike[str], model: ModelPatcher) -> SchedulePolicy | None:
     """The policy that is in a file, None if there is no file.
 
     Raises:
@@ -121,10 +121,5 @@ def kept(path: str | os.PathLike[str], model: ModelPatcher) -> SchedulePolicy | 
     if not isinstance(policy, SchedulePolicy):
         raise ConfigError(f"The policy file {path} holds a decision network: calibrations go into another file. Choose another "
                           "name.")
-    policy.check(*_kind(model))
+    policy.check(*kind_of(model))
     return policy
-
-
-def _kind(model: ModelPatcher) -> tuple[str, int]:
-    match = match_of(model)
-    return match.family.name, len(match.blocks)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from scipy.optimize import brentq
 
-_HALVINGS = 20
+_EXACT = 1e-6
 _EARLY = 0.8
 """By so much less of an error is accepted at pure noise, where it decides about the structure of the picture."""
 
@@ -22,8 +24,9 @@ def noise_levels(model_sampling: Any, sigmas: Sequence[float]) -> list[float]:
         sigmas: Noise levels.
 
     Returns:
-        Shares 0 (pure noise) to 1 (clean), exact to 1e-6.
+        Shares 0 (pure noise) to 1 (clean), exact to `_EXACT`.
     """
+    model_sampling = _in_main_memory(model_sampling)
     return [_level(model_sampling, sigma) for sigma in sigmas]
 
 
@@ -64,12 +67,21 @@ def _flow(model_sampling: Any, sigma: float, slope: bool) -> tuple[float, float]
     return share, moved / share if share else math.nan
 
 
+def _in_main_memory(model_sampling: Any) -> Any:
+    """The same object, but for its tables: where these are on a GPU, each of many questions would wait for it."""
+    if not isinstance(model_sampling, torch.nn.Module):
+        return model_sampling
+    alike = copy.copy(model_sampling)
+    alike._buffers = {name: None if table is None else table.cpu() for name, table in model_sampling._buffers.items()}
+    return alike
+
+
 def _level(model_sampling: Any, sigma: float) -> float:
-    low, high = 0.0, 1.0
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        if float(model_sampling.percent_to_sigma(middle)) > sigma:
-            low = middle
-        else:
-            high = middle
-    return 0.0 if low == 0.0 else high
+    def above(share: float) -> float:
+        return float(model_sampling.percent_to_sigma(share)) - sigma
+
+    if not above(_EXACT) > 0:
+        return 0.0
+    if not above(1 - _EXACT) < 0:
+        return 1.0
+    return float(brentq(above, _EXACT, 1 - _EXACT, xtol=_EXACT))

@@ -26,7 +26,6 @@ def device_arguments() -> list[str]:
     """What the host is started with: nothing, or the CPU where there is no GPU."""
     import torch
 
-    select_gpu()
     return [] if torch.cuda.is_available() else ["--cpu"]
 
 

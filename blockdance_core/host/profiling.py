@@ -16,9 +16,10 @@ from torch import Tensor
 
 from blockdance_core.calibration import CANDIDATES, Forecasts, Profile
 from blockdance_core.forecast import Forecast
+from blockdance_core.guard import sample
 from blockdance_core.host.attach import KEY, match_of
 from blockdance_core.host.rollout import Rollouts
-from blockdance_core.interception import Block, Feature, Passage, cloned, intercept, sample
+from blockdance_core.interception import Block, Feature, Passage, cloned, intercept
 from blockdance_core.schedule import CACHE, COMPUTE, Plan, Reuse
 
 LAGS = (1, 2, 3, 4, 6)

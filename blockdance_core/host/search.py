@@ -14,7 +14,7 @@ import numpy as np
 
 from blockdance_core.calibration import Profile, best_forecasts, denser, fits, front, neighbours, refitted, sparser, unbeaten
 from blockdance_core.host import profiling
-from blockdance_core.host.attach import match_of
+from blockdance_core.host.attach import depth_of
 from blockdance_core.host.rollout import Prompt, Rollouts, function_of, levels_of, sigmas_of
 from blockdance_core.policy import Calibrated
 from blockdance_core.schedule import CACHE, COMPUTE, Plan, expanded, unguided
@@ -60,11 +60,6 @@ class Checked:
     score: float
 
 
-def depth_of(model: ModelPatcher) -> int:
-    """Number of blocks."""
-    return len(match_of(model).blocks)
-
-
 def profiled(
     model: ModelPatcher, prompt: Prompt, boundaries: Sequence[int] = (),
     progress: Callable[[int, int], None] = lambda done, of: None, before: np.ndarray | None = None,
@@ -108,7 +103,7 @@ def profiled(
     return profiling.measure(rollouts, boundaries, forecasts, gram, *reach, step), rollouts
 
 
-def calibrated(
+def best_schedules(
     profile: Profile, checks: Sequence[Rollouts], cuts: Sequence[float] = CUTS, tries: int = 0,
     progress: Callable[[int, int], None] = lambda done, of: None, before: Sequence[Plan] = (),
     proofs: Sequence[Rollouts] = (),

@@ -1,6 +1,6 @@
 """Train an adaptive policy for a model of your own, in ComfyUI's Python.
 
-    python custom_nodes/comfyui-blockdance/blockdance_core/host/train_policy.py --checkpoint sd3.safetensors
+    python custom_nodes/ComfyUI-BlockDance/blockdance_core/host/train_policy.py --checkpoint sd3.safetensors
         --prompts prompts.txt --policy models/blockdance/calibrated.safetensors --out models/blockdance/looks.safetensors
 
 With several processes or machines, torchrun in place of python. Started again, it goes on where it ended.
@@ -135,9 +135,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; 0 on success."""
-    from blockdance_core.host.processes import device_arguments, processes
+    from blockdance_core.host.processes import device_arguments, processes, select_gpu
 
     options = _parser().parse_args(arguments)
+    select_gpu()
     ours, sys.argv = sys.argv, ["main.py", *device_arguments()]
     import comfy.options
 
@@ -147,19 +148,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.argv = ours
     logging.basicConfig(level=logging.WARNING)
     with processes():
-        from blockdance_core.config import ConfigError
-
         try:
             _train(options)
-        except (ConfigError, ValueError, ImportError, OSError) as error:
+        except (ValueError, ImportError, OSError) as error:
             raise SystemExit(f"train_policy: {error}") from error
     return 0
 
 
 def _train(options: argparse.Namespace) -> None:
+    from blockdance_core.host.attach import depth_of
     from blockdance_core.host.processes import rank
     from blockdance_core.host.rewards import by_name
-    from blockdance_core.host.search import depth_of
     from blockdance_core.host.training import train
     from blockdance_core.policy import load
 

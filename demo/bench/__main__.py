@@ -120,7 +120,10 @@ def measure(options: argparse.Namespace, name: str, made: dict[str, str]) -> tup
     from demo.loader import load_demo
 
     bench = runner.Runner(load_demo(name), options)
-    about = {"inactive_share": bench.inactive_share(), "guard_share": bench.guard_share(), "block_shares": bench.shares}
+    about = {
+        "inactive_share": bench.own_share(group_size=1), "quality_share": bench.own_share(quality="near-lossless"),
+        "guard_share": bench.guard_share(), "block_shares": bench.shares,
+    }
     case = methods.Case(bench.demo, options)
     finished = _finished(options.resume)
     here = {**vars(options), "model": name, "n": sum(map(len, bench.batches)), "threads": torch.get_num_threads()}
@@ -137,8 +140,8 @@ def measure(options: argparse.Namespace, name: str, made: dict[str, str]) -> tup
             if options.resume:
                 with options.resume.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(points[-1], allow_nan=False) + "\n")
-    print(f"inactive (N = 1): this pack's own code takes {about['inactive_share']:.2%} of the DiT time; the guard "
-          f"{about['guard_share']:.2%}")
+    print(f"this pack's own code takes {about['inactive_share']:.2%} of the DiT time with N = 1, {about['quality_share']:.2%} "
+          f"with near-lossless, {about['guard_share']:.2%} of it in the guard")
     return about, points
 
 

@@ -21,9 +21,9 @@ import torch
 from tqdm import tqdm
 
 from demo import calibrate
-from demo.bench import runner
 from demo.bench.figures import bootstrap
 from demo.loader import POLICIES
+from demo.prompts import batches
 
 TAIL = "0.75"
 """A boundary with a tail of live blocks behind it, as a share of the depth."""
@@ -116,7 +116,7 @@ class _Work:
         split, count, seed, noise = (
             ("train", options.train, _NOISE, _NOISE) if train else
             (options.split, options.prompts, options.seed, 1000 * options.seed))
-        return runner.batches(self.demo, options, split, count, options.batch, seed, noise)
+        return batches(self.demo, options, split, count, options.batch, seed, noise)
 
     def _policy(self, variant: Variant, seed: int = 0) -> Any:
         """Untrained."""

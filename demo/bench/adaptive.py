@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from demo.bench import runner
 from demo.bench.figures import RESAMPLES, bootstrap, tenth_gain, worst_tenth
 from demo.loader import POLICIES
+from demo.prompts import batches
 
 
 def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -77,14 +77,14 @@ class _Sampled:
         from blockdance_core.host.rewards import Similarity
         from blockdance_core.host.training import candidates
 
-        prompts, batches = runner.batches(
+        prompts, texts = batches(
             demo, options, options.split, options.prompts, options.batch, options.seed, 1000 * options.seed)
-        pictures = Pictures(demo.model, prompts, batches, policy, Similarity(demo.vae), {}, False)
+        pictures = Pictures(demo.model, prompts, texts, policy, Similarity(demo.vae), {}, False)
         readings = pictures.with_texts(pictures.readings(policy.network, lambda: None))
         with torch.no_grad():
             rows = [policy.network(one.cells[None], one.places, one.text[None]) for one in readings]
         self.logits = torch.cat(rows).reshape(len(rows), len(policy.cuts), -1)
-        self.demo, self.prompts, self.batches, self.reward = demo, prompts, batches, pictures.reward
+        self.demo, self.prompts, self.texts, self.reward = demo, prompts, texts, pictures.reward
         self.chosen = candidates(policy)
         self.chosen += [one for row in self.logits for level in row if (one := policy.likeliest(level)) not in self.chosen]
         self.rollouts = [pictures.rollouts_of(k) for k in range(len(prompts))]
@@ -92,9 +92,9 @@ class _Sampled:
     def sampled(self, plans: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """SSIM of every picture with every plan, and the cuts of the plans."""
         decode = self.demo.model.model.process_latent_out
-        found, took = np.zeros((len(plans), sum(map(len, self.batches)))), {}
+        found, took = np.zeros((len(plans), sum(map(len, self.texts)))), {}
         at = 0
-        for rollouts, texts in zip(self.rollouts, self.batches, strict=True):
+        for rollouts, texts in zip(self.rollouts, self.texts, strict=True):
             full = decode(rollouts.full.result)
             for k, plan in enumerate(plans):
                 run = rollouts.run(plan)
@@ -120,7 +120,7 @@ class _Sampled:
                 latent = empty_latent(self.demo.model, 1)
                 comfy.sample.sample(
                     patched, comfy.sample.prepare_noise(latent, number), first.steps, first.cfg, first.sampler, first.scheduler,
-                    self.demo.encode([self.batches[0][0]]), self.demo.encode([""]), latent, disable_pbar=True, seed=number)
+                    self.demo.encode([self.texts[0][0]]), self.demo.encode([""]), latent, disable_pbar=True, seed=number)
                 handle = handle_of(patched)
                 assert handle is not None
                 record = handle.runs()[-1]

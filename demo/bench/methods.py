@@ -15,6 +15,7 @@ from typing import Any
 from blockdance_core.schedule import Plan, Reuse
 from demo.bench import rivals
 from demo.loader import POLICIES
+from demo.prompts import batches
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2)
 MULTISTEP = ("dpmpp_2m", "uni_pc", "res_multistep")
@@ -177,9 +178,9 @@ def _network_wrapped(model: Any) -> Any:
     return model
 
 
-def _plan(make: Callable[..., Any], intervals: Sequence[int] = INTERVALS, **more: int) -> Method:
+def _plan(make: Callable[..., Any], **more: int) -> Method:
     def method(case: Case) -> Iterator[Setting]:
-        for interval in intervals:
+        for interval in INTERVALS:
             yield Setting(f"N={interval}", planned(make(case.steps, len(case.blocks), interval, **more)))
 
     return method
@@ -189,7 +190,6 @@ def magcache(case: Case) -> Iterator[Setting]:
     """MagCache, its ratios measured in a full run of one caption of the train split; of equal plans the first setting."""
     from blockdance_core.host.profiling import gram
     from blockdance_core.host.rollout import Rollouts
-    from demo.bench.runner import batches
 
     (prompt,), _ = batches(case.demo, case.options, "train", 1, 1, 0, _MAGCACHE_SEED)
     last = len(case.blocks) - 1

@@ -219,10 +219,10 @@ def _method(data: dict[str, Any]) -> Iterator[str]:
     )
     yield ""
     for name, about in sorted(data.get("models", {}).items()):
-        own, guard = about["inactive_share"], about.get("guard_share")
         yield (
-            f"With N = 1, this pack's own code takes {own:.2%} of the DiT time of {name}"
-            + ("." if guard is None else f"; the guard (`near-lossless`) takes {guard:.2%} of it, which no cut counts.")
+            f"This pack's own code takes {about['inactive_share']:.2%} of the time of a full run of {name} with N = 1, and "
+            f"{about['quality_share']:.2%} with `near-lossless`, {about['guard_share']:.2%} of that time in the guard; no cut "
+            "counts it."
         )
         yield ""
 

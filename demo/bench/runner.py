@@ -16,17 +16,15 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from demo import prompts
 from demo.architectures import ARCHITECTURES
 from demo.bench.figures import PSNR_CAP, bootstrap, worst_tenth
 from demo.bench.methods import Setting
-
-if TYPE_CHECKING:
-    from blockdance_core.host.rollout import Prompt
 
 KEY = "blockdance_bench"
 CONDITIONS = ("scheduler", "cfg", "split", "difficulty", "seed", "batch")
@@ -87,8 +85,8 @@ class Runner:
         from blockdance_core import families
 
         self.demo, self.options = demo, options
-        texts = prompts(demo.name, options.split, options.prompts, options.seed, options.difficulty)
-        self.batches = [texts[start : start + options.batch] for start in range(0, len(texts), options.batch)]
+        lines = prompts.texts(demo.name, options.split, options.prompts, options.seed, options.difficulty)
+        self.batches = [lines[start : start + options.batch] for start in range(0, len(lines), options.batch)]
         self.diffusion_model: nn.Module = demo.model.model.diffusion_model
         self.blocks = [block.module for block in families.find(self.diffusion_model).blocks]
         self.references: dict[int, Full] = {}
@@ -179,26 +177,29 @@ class Runner:
             calls = self.run(0).calls
         return [1e3 * seconds / sum(call.ms for call in calls) for seconds in spent]
 
-    def inactive_share(self) -> float:
-        """Time spent in this pack's own code in a run with N = 1, as a share of the time of the model."""
+    def own_share(self, **settings: Any) -> float:
+        """Time spent in this pack's own wrappers in a run with these settings, as a share of the model's in a full run.
+
+        What hooks inside the model do is not in it: nothing where the whole model is reused, or nothing at all.
+        """
         from blockdance_core.config import Config
         from blockdance_core.host import attach
 
         own: list[float] = []
 
         def patch(model: Any) -> Any:
-            clone = attach.attach(model, Config(group_size=1))
+            clone = attach.attach(model, Config(**settings))
             for by_key in clone.wrappers.values():
                 by_key[attach.KEY] = [functools.partial(_own_time, one, own) for one in by_key.get(attach.KEY, ())]
             return clone
 
         shares = []
         for number in range(len(self.batches)):
+            full = sum(call.ms for call in self.run(number).calls)
             own.clear()
-            run = self.run(number, Setting("inactive", patch))
-            shares.append(1e3 * sum(own) / sum(call.ms for call in run.calls))
+            self.run(number, Setting("own", patch))
+            shares.append(1e3 * sum(own) / full)
         return statistics.median(shares)
-
 
     def guard_share(self) -> float:
         """Time spent in the guard in a run with `near-lossless`, as a share of the time of the model in a full run."""
@@ -213,42 +214,6 @@ class Runner:
                 self.run(number, Setting("guard", lambda model: attach.attach(model, Config(quality="near-lossless"))))
             shares.append(1e3 * sum(own) / full)
         return statistics.median(shares)
-
-
-def prompts(name: str, split: str, count: int, seed: int, difficulty: str = "mixed") -> list[str]:
-    """Captions of a split; mixed means half easy and half hard, in turns."""
-    from demo.loader import captions
-
-    if difficulty != "mixed":
-        return captions(name, split, count, seed, difficulty)
-    easy, hard = (captions(name, split, (count + 1) // 2, seed, one) for one in ("easy", "hard"))
-    return [text for pair in zip(easy, hard, strict=True) for text in pair][:count]
-
-
-def batches(
-    demo: Any, options: argparse.Namespace, split: str, count: int, batch: int, seed: int, noise: int
-) -> tuple[list[Prompt], list[list[str]]]:
-    """Mixed captions in batches, as `Rollouts` sample them, and what they say.
-
-    Args:
-        demo: The demo model.
-        options: ``steps``, ``sampler``, ``scheduler`` and ``cfg``.
-        split: Where the captions come from.
-        count: How many.
-        batch: How many are sampled together.
-        seed: Of the captions.
-        noise: Seed of the first batch, one more for each of the others.
-    """
-    from blockdance_core.host.rollout import Prompt
-    from demo.loader import empty_latent
-
-    captions = prompts(demo.name, split, count, seed)
-    texts = [captions[start : start + batch] for start in range(0, count, batch)]
-    return [
-        Prompt(demo.encode(some), demo.encode([""]), empty_latent(demo.model, len(some)), noise + k, options.steps, options.cfg,
-               options.sampler, options.scheduler)
-        for k, some in enumerate(texts)
-    ], texts
 
 
 def cuts(runs: Sequence[Run], full: Sequence[Run], shares: Sequence[float]) -> dict[str, float]:

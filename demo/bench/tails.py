@@ -11,8 +11,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from demo.bench import runner
-
 SHARES = (0.5, 0.75, 1.0)
 """Boundaries as shares of the depth; the whole model comes behind them."""
 CUTS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -24,12 +22,14 @@ _NEAR = 0.01
 
 def measure(options: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     """One row for each boundary, and one for a free choice among them."""
-    from blockdance_core.host.search import depth_of, profiled
+    from blockdance_core.host.attach import depth_of
+    from blockdance_core.host.search import profiled
     from demo.loader import load_demo
+    from demo.prompts import batches
 
     demo = load_demo(name)
     depth = depth_of(demo.model)
-    prompt, = runner.batches(demo, options, "train", options.batch, options.batch, _SEED, _SEED)[0]
+    prompt, = batches(demo, options, "train", options.batch, options.batch, _SEED, _SEED)[0]
     boundaries = (*(round(share * depth) - 1 for share in SHARES), depth)
     profile, rollouts = profiled(demo.model, prompt, boundaries)
     variance = float(rollouts.full.result.double().flatten(1).var(1).mean())

@@ -16,8 +16,9 @@ from harness import accelerate, every_case, last_run, model_of
 from tiny import Case, sample
 from torch import Tensor, nn
 
-from blockdance_core import families
+from blockdance_core import families, model_state
 from blockdance_core.config import Config
+from blockdance_core.schedule import Schedule
 from blockdance_core.session import Session
 from blockdance_core.visit import CallInfo
 
@@ -177,6 +178,15 @@ def test_an_undeclared_model_with_a_plain_flow_is_accelerated(how: str) -> None:
     session = run(how)
     assert sum(figures.reused for figures in session.figures) == 4
     assert session.warnings == []
+
+
+def test_a_fault_of_ours_is_no_unsupported_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: object) -> Schedule:
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(model_state, "planned", fault)
+    with pytest.raises(ValueError, match="a fault"):
+        run("plain")
 
 
 @pytest.mark.parametrize("how", ["long skip", "derived skip", "list of skips", "concatenated", "twice", "reversed"])

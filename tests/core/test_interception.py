@@ -18,7 +18,6 @@ from blockdance_core.interception import (
     cloned,
     intercept,
     nbytes,
-    sample,
     signature,
     taps,
 )
@@ -394,29 +393,3 @@ def test_feature_helpers() -> None:
     assert nbytes(feature) == 24 * 4 + 10 * 2
     assert signature(feature) == (((3, 4), torch.float32, torch.device("cpu")), None,
                                   ((5,), torch.float16, torch.device("cpu")))
-
-
-@pytest.mark.parametrize("most", [1 << 12, 1 << 15, 1 << 18])
-@pytest.mark.parametrize("shape", [(1, 4096, 1536), (2, 1024, 1536), (1, 4096, 3072), (1, 16, 30, 52, 128)])
-def test_sample_sees_every_channel_and_no_more_than_it_may(shape: tuple[int, ...], most: int) -> None:
-    channels = torch.arange(shape[-1]).expand(shape).contiguous()
-    seen = sample(channels, most)
-    assert most / 2 < seen.numel() <= most
-    assert len(seen.unique()) == min(shape[-1], seen.numel())
-
-
-@pytest.mark.parametrize("turned", [
-    lambda part: part, lambda part: part.transpose(1, 2), lambda part: part[:, ::2], lambda part: part[:, :, 3:9],
-    lambda part: part[:1].expand(5, -1, -1),
-])
-def test_sample_takes_the_same_places_however_the_values_lie_in_memory(turned: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    part = turned(torch.randn(2, 60, 14))
-    for most in (1, 7, 100, part.numel(), 10**6):
-        assert torch.equal(sample(part, most), sample(part.contiguous(), most))
-        assert 1 <= sample(part, most).numel() <= most
-    assert torch.equal(sample(part, 10**6), part.flatten())
-
-
-@pytest.mark.parametrize(("shape", "count"), [((), 1), ((0,), 0), ((2, 0, 8), 0), ((3, 8, 0), 0), ((1,), 1)])
-def test_sample_of_little_or_nothing(shape: tuple[int, ...], count: int) -> None:
-    assert sample(torch.zeros(shape), 4).shape == (count,)

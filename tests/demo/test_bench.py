@@ -18,7 +18,7 @@ from blockdance_core.forecast import Forecast
 from blockdance_core.host import training
 from blockdance_core.host.pictures import Pictures
 from blockdance_core.schedule import Reuse, follow
-from demo import loader
+from demo import loader, prompts
 from demo.architectures import ARCHITECTURES
 from demo.bench import __main__ as program
 from demo.bench import ablation, adaptive, figures, latency, methods, page, real_size, rivals, runner, tails
@@ -186,7 +186,7 @@ def _data() -> dict:
     }
     return {
         "command": "python dev.py bench", "environment": place,
-        "models": {"sd3-mini": {"inactive_share": 0.001, "guard_share": 0.02}},
+        "models": {"sd3-mini": {"inactive_share": 0.001, "quality_share": 0.03, "guard_share": 0.02}},
         "points": points, "latency": {"rows": [row]},
     }
 
@@ -378,7 +378,7 @@ def test_expected_of_a_boundary_alone_is_never_better_than_of_all_together() -> 
 def test_prompts_are_of_the_test_split_half_easy_half_hard() -> None:
     from demo import scenes
 
-    texts = runner.prompts("sd3-mini", "test", 6, 0)
+    texts = prompts.texts("sd3-mini", "test", 6, 0)
     assert [scenes.difficulty(text) for text in texts] == ["easy", "hard"] * 3
     assert all(scenes.parse(text).splits()[0] == scenes.SPLITS.index("test") for text in texts)
 

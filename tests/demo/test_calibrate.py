@@ -118,8 +118,8 @@ def test_no_proofs_are_no_captions() -> None:
 
 def test_captions_of_all_parts_are_of_the_train_split_and_differ() -> None:
     from demo import scenes
-    from demo.bench.runner import prompts
+    from demo.prompts import texts
 
-    profile, checks, proofs = (prompts("sd3-mini", "train", 8, seed) for seed in calibrate._SEEDS.values())
+    profile, checks, proofs = (texts("sd3-mini", "train", 8, seed) for seed in calibrate._SEEDS.values())
     assert len({*profile, *checks, *proofs}) == 24
     assert {scenes.difficulty(text) for text in profile} == {"easy", "hard"}

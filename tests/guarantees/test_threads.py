@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from blockdance_core.config import QUALITIES, Config
 from blockdance_core.forecast import Forecast
+from blockdance_core.host import attach
 from blockdance_core.host.rollout import Prompt
 from blockdance_core.host.search import profiled
 from blockdance_core.policy import Fixed
@@ -118,6 +119,26 @@ def test_weights_that_guidance_has_of_its_own_hold_on_one_device_alone(two_devic
     assert reused_steps(last_run(accelerated)) == [3, 6]
     assert last_run(accelerated)["warnings"] == []
     assert_close(found, sample(follows(case.build(), Forecast(True, 1)), case, steps=STEPS), 1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"preset": "auto", "quality": "draft"}, {"forecast": "taylor2"}])
+def test_a_device_that_is_short_of_memory_drops_no_history_that_the_other_keeps(
+    settings: dict[str, Any], two_devices: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would forecast one side of guidance by other orders."""
+    monkeypatch.setitem(QUALITIES, "draft", 3.0)
+    case = CASES["sd3"]
+    model, other = two_devices(case)
+    alone = accelerate(case.build(), **settings)
+    expected, needed = sample(alone, case, steps=24), last_run(alone)["predicted_bytes"] / 2
+    monkeypatch.setattr(attach, "_room", lambda owner, _: needed / 2 if owner is other.model else 2.0**40)
+    accelerated = accelerate(model, **settings)
+    found = sample(accelerated, case, steps=24)
+    run = last_run(accelerated)
+    assert "kept in CPU memory" in "".join(run["warnings"])
+    assert "reuse" in run["decisions"]
+    assert run["decisions"] == last_run(alone)["decisions"]
+    assert_close(found, expected, 1e-3)
 
 
 def test_a_model_on_two_devices_is_profiled_on_one(two_devices: Any) -> None:

@@ -21,7 +21,7 @@ from blockdance_core.calibration import Found, plan_of
 from blockdance_core.config import ConfigError
 from blockdance_core.host import paths, search
 from blockdance_core.host.calibrate import keep
-from blockdance_core.host.search import Checked, calibrated, letters, reaching
+from blockdance_core.host.search import Checked, best_schedules, letters, reaching
 from blockdance_core.policy import PolicyError, load
 from blockdance_core.schedule import expanded, follow, unguided
 
@@ -117,7 +117,7 @@ def test_schedule_whose_runs_overflow_is_not_kept(measured: Any) -> None:
         def errors(plan: Any) -> torch.Tensor:
             return torch.tensor([1e-3 * plan.count(None), overflow if plan.count(None) < 5 else 1e-3])
 
-        return [one.plan.count(None) for one in calibrated(measured.profile, [pretended(errors)])]
+        return [one.plan.count(None) for one in best_schedules(measured.profile, [pretended(errors)])]
 
     assert min(found(1e-3)) < 5
     assert min(found(float("nan"))) == 5
@@ -134,7 +134,7 @@ def test_plan_that_was_given_up_comes_back_where_the_better_one_overflows(
     def of(*squared: float) -> Any:
         return pretended(lambda plan: torch.full((4,), dict(zip(plans, squared, strict=True)).get(plan, 1.0)))
 
-    found, = calibrated(profile, [of(1e-4, 2e-4), of(float("nan"), 2e-4)], (0.5,))
+    found, = best_schedules(profile, [of(1e-4, 2e-4), of(float("nan"), 2e-4)], (0.5,))
     assert found.plan == plans[1]
 
 
@@ -158,21 +158,21 @@ def test_slower_level_may_come_from_the_next_faster_one(measured: Any, monkeypat
         return torch.tensor([10.0 ** -plan.count(None)])
 
     cuts = (0.25, 0.375, 0.5, 0.625)
-    found = calibrated(profile, [pretended(errors)], cuts)
+    found = best_schedules(profile, [pretended(errors)], cuts)
     assert [one.cut for one in found] == list(cuts)
     assert found[-1].plan == fast
     computed = [{k for k, row in enumerate(one.plan) if row is None} for one in found]
     assert all(faster < slower for slower, faster in itertools.pairwise(computed))
     plain = {plan for plan in ran if plan == expanded(plan)}
     assert plain == {expanded(one.plan, order) for one in found for order in (None, 0)}, "tried of the best one alone"
-    assert calibrated(profile, [pretended(errors)], cuts[::-1]) == found
+    assert best_schedules(profile, [pretended(errors)], cuts[::-1]) == found
 
 
 def test_one_level_may_come_from_the_next_faster_one_of_before(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = measured.profile
     fast, faster = plan_of(profile, [(0, 1, 1), (1, 3, 1), (4, 4, 1)]), plan_of(profile, [(0, 1, 1), (1, 7, 1)])
     monkeypatch.setattr(search, "front", lambda *_: [Found(faster, 7 / 8, 1.0)])
-    found, = calibrated(profile, [pretended(lambda plan: torch.tensor([1e-3]))], (0.5,), before=[faster, fast])
+    found, = best_schedules(profile, [pretended(lambda plan: torch.tensor([1e-3]))], (0.5,), before=[faster, fast])
     assert found.cut == 0.5
     assert {k for k, row in enumerate(found.plan) if row is None} > {k for k, row in enumerate(fast) if row is None}
 
@@ -181,7 +181,7 @@ def test_weights_that_do_not_hold_on_other_prompts_give_way_to_what_was_stored_l
     def errors(plan: Any) -> torch.Tensor:
         return torch.tensor([1e-6 if plan == expanded(plan, 0) else 1e-3])
 
-    found, = calibrated(measured.profile, [pretended(errors)], (0.5,))
+    found, = best_schedules(measured.profile, [pretended(errors)], (0.5,))
     assert any(found.plan)
     assert {(row.forecast.order, row.forecast.fitted, row.forecast.guided) for row in found.plan if row} == {(0, (), ())}
 
@@ -191,7 +191,7 @@ def test_weights_of_its_own_for_guidance_give_way_where_runs_are_closer_without(
         return torch.tensor([1e-6 if plan == unguided(plan) != expanded(plan) else 1e-3])
 
     (guided,), (found,) = (
-        calibrated(measured.profile, [pretended(judge)], (0.5,)) for judge in (lambda plan: torch.tensor([1e-3]), errors))
+        best_schedules(measured.profile, [pretended(judge)], (0.5,)) for judge in (lambda plan: torch.tensor([1e-3]), errors))
     assert any(row.forecast.guided for row in guided.plan if row)
     assert found.plan == unguided(guided.plan)
     assert any(row.forecast.fitted for row in found.plan if row)
@@ -207,7 +207,7 @@ def test_faster_level_may_come_from_the_next_slower_one(measured: Any, monkeypat
         good = {k for k, row in enumerate(plan) if row is None} <= {0, 1, 2, 5}
         return torch.tensor([10.0 ** -plan.count(None) if good and plan != bad else 1.0])
 
-    found = calibrated(profile, [pretended(errors)], (0.5, 0.62, 0.75))
+    found = best_schedules(profile, [pretended(errors)], (0.5, 0.62, 0.75))
     assert [one.cut for one in found] == [0.5, 0.625, 0.75]
     assert found[0].plan == slow
     assert [one.loss for one in found] == pytest.approx([1e-4, 1e-3, 1e-2])
@@ -222,8 +222,8 @@ def test_plans_of_before_are_tried_as_well_if_they_are_of_the_same_boundaries(me
     def errors(plan: Any) -> torch.Tensor:
         return torch.tensor([1e-9 if plan in (good, foreign) else 1e-3])
 
-    assert calibrated(profile, [pretended(errors)], (0.5,))[0].plan != good
-    found, = calibrated(profile, [pretended(errors)], (0.5,), before=[foreign, long, good[:-1], good])
+    assert best_schedules(profile, [pretended(errors)], (0.5,))[0].plan != good
+    found, = best_schedules(profile, [pretended(errors)], (0.5,), before=[foreign, long, good[:-1], good])
     assert found.plan == good
 
 
@@ -235,7 +235,7 @@ def test_plans_of_before_with_another_boundary_are_remade_and_tried(measured: An
     def errors(plan: Any) -> torch.Tensor:
         return torch.tensor([1e-9 if plan == good else 1e-3])
 
-    found, = calibrated(profile, [pretended(errors)], (0.5,), before=[foreign])
+    found, = best_schedules(profile, [pretended(errors)], (0.5,), before=[foreign])
     assert found.plan == good
 
 
@@ -293,7 +293,7 @@ def test_one_lost_picture_does_not_decide(measured: Any, monkeypatch: pytest.Mon
     def of(first: int) -> Any:
         return pretended(lambda plan: errors(plan)[first : first + batch])
 
-    found, = calibrated(profile, [of(first) for first in range(0, 4, batch)], (0.5,))
+    found, = best_schedules(profile, [of(first) for first in range(0, 4, batch)], (0.5,))
     assert found.plan == plans[0]
     assert found.loss > 0.1
 
@@ -325,14 +325,14 @@ def test_plan_that_falls_far_behind_is_not_run_on_further_prompts(measured: Any)
 def test_progress_ends_when_all_is_done(measured: Any, cuts: tuple[float, ...], proofs: int) -> None:
     told: list[tuple[int, int]] = []
     one, *others = [pretended(lambda plan: torch.tensor([10.0 ** -plan.count(None)]))] * (1 + proofs)
-    calibrated(measured.profile, [one], cuts, progress=lambda done, of: told.append((done, of)), proofs=others)
+    best_schedules(measured.profile, [one], cuts, progress=lambda done, of: told.append((done, of)), proofs=others)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert told[-1] == (3 * len(cuts) + proofs, 3 * len(cuts) + proofs)
 
 
 def test_cut_counts_the_calls_that_the_sampler_makes(measured: Any) -> None:
     calls = (2,) * (STEPS - 1) + (1,)  # as heun does
-    found = calibrated(measured.profile, [pretended(lambda plan: torch.tensor([10.0 ** -plan.count(None)]), calls)])
+    found = best_schedules(measured.profile, [pretended(lambda plan: torch.tensor([10.0 ** -plan.count(None)]), calls)])
     assert any(one.plan[-1] for one in found)
     cost = dict(zip(measured.profile.boundaries, measured.profile.costs, strict=True))
     for one in found:
@@ -435,10 +435,10 @@ def test_first_folder_that_can_be_written_is_taken(folder: Path, tmp_path: Path,
 
 
 def test_cut_is_what_the_proofs_saved_not_what_the_plan_says(measured: Any) -> None:
-    plain, = calibrated(measured.profile, [pretended(lambda plan: torch.tensor([1e-3]))], (0.5,))
+    plain, = best_schedules(measured.profile, [pretended(lambda plan: torch.tensor([1e-3]))], (0.5,))
     last = max(k for k, row in enumerate(plain.plan) if row)
     half = [pretended(lambda plan: torch.tensor([1e-3]), computed=steps) for steps in ((), (last,))]
-    found, = calibrated(measured.profile, half, (0.5,))
+    found, = best_schedules(measured.profile, half, (0.5,))
     assert found.plan == plain.plan
     cost = dict(zip(measured.profile.boundaries, measured.profile.costs, strict=True))[plain.plan[last].boundary]
     assert found.cut == pytest.approx(plain.cut - (1 - cost) / STEPS / 2)
@@ -464,9 +464,9 @@ def test_prompts_that_chose_nothing_say_what_is_lost_and_drop_what_a_faster_sche
         return lambda plan: torch.tensor([base ** plan.count(None) if plan.count(None) > 4 else sparse])
 
     profile = with_costs(measured).profile
-    kept = calibrated(profile, [pretended(errors(0.1, 0.5))], (0.25, 0.5))
+    kept = best_schedules(profile, [pretended(errors(0.1, 0.5))], (0.25, 0.5))
     assert [one.plan.count(None) <= 4 for one in kept] == [False, True]
-    proved = calibrated(profile, [pretended(errors(0.1, 0.5))], (0.25, 0.5), proofs=[pretended(errors(0.9, 0.2))])
+    proved = best_schedules(profile, [pretended(errors(0.1, 0.5))], (0.25, 0.5), proofs=[pretended(errors(0.9, 0.2))])
     assert [one.plan for one in proved] == [kept[1].plan]
     assert proved[0].loss == pytest.approx(0.2)
 
@@ -478,7 +478,7 @@ def test_of_two_levels_of_nearly_the_same_cut_the_better_one_stays(
     better, faster = (plan_of(profile, [(0, 3, way), (3, 1, way), (4, 1, way), (5, 3, way)]) for way in (0, 1))
     monkeypatch.setattr(search, "front", lambda *_: [Found(better, 0.498, 1.0)])
     proof = pretended(lambda plan: torch.tensor([{better: 0.1, faster: 0.2}.get(plan, 1.0)]))
-    found = calibrated(profile, [proof], (0.25, 0.5), before=[faster], proofs=[proof])
+    found = best_schedules(profile, [proof], (0.25, 0.5), before=[faster], proofs=[proof])
     assert [one.plan for one in found] == [better]
     assert found[0].cut == pytest.approx(0.498)
 
@@ -490,11 +490,11 @@ def test_plans_of_before_are_proved_too_for_their_luck_on_the_checks_may_be_wors
         return lambda plan: torch.tensor([theirs if plan == before else 1e-2 * plan.count(None)])
 
     worse, better = pretended(errors(0.5)), pretended(errors(1e-4))
-    found, = calibrated(measured.profile, [worse], (0.5,), before=[before], proofs=[better])
+    found, = best_schedules(measured.profile, [worse], (0.5,), before=[before], proofs=[better])
     assert (found.plan, found.loss) == (before, pytest.approx(1e-4))
-    found, = calibrated(measured.profile, [better], (0.5,), before=[before], proofs=[worse])
+    found, = best_schedules(measured.profile, [better], (0.5,), before=[before], proofs=[worse])
     assert found.plan == before, "it won on the checks: another one was not proved"
-    levels = calibrated(measured.profile, [worse], (0.2, 0.5), before=[before], proofs=[better])
+    levels = best_schedules(measured.profile, [worse], (0.2, 0.5), before=[before], proofs=[better])
     assert [one.plan for one in levels] == [before], "it beats what saves less, too"
 
 
@@ -505,7 +505,7 @@ def test_effort_keeps_to_the_cut(measured: Any) -> None:
     def found(tries: int) -> Any:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(search, "front", lambda *_: [Found(mixed, 0.5, 1.0)])
-            return calibrated(
+            return best_schedules(
                 measured.profile,
                 [pretended(lambda plan: torch.tensor([1e-3 - 1e-4 * sum(row.boundary == 3 for row in plan if row)]))],
                 (0.5,), tries)[0]

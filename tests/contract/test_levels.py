@@ -1,4 +1,4 @@
-"""How much of the guard's tolerance each step may take, by the host's own formulas."""
+"""What sigmas mean, and how much of the guard's tolerance each step may take, by the host's own formulas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from comfy.samplers import calculate_sigmas
 from harness import every_case, model_of
 from tiny import CASES, Case
 
-from blockdance_core.host.levels import accepted_errors
+from blockdance_core.host.levels import accepted_errors, noise_levels
+
+
+@every_case
+def test_noise_level_is_the_inverse_of_the_hosts_percentage(case: Case) -> None:
+    sampling = model_of(case).get_model_object("model_sampling")
+    shares = [0.001, 0.01, 0.25, 0.4, 0.77, 0.99]
+    tables = dict(sampling.named_buffers())
+    sigmas = [math.inf, *(sampling.percent_to_sigma(share) for share in (0.0, *shares, 1.0)), 0.0, math.nan]
+    assert noise_levels(sampling, sigmas) == pytest.approx([0.0, 0.0, *shares, 1.0, 1.0, 0.0], abs=2e-6)
+    assert all(one is tables[name] for name, one in sampling.named_buffers()), "nothing of the model was moved"
 
 
 @every_case
