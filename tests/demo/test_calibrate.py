@@ -45,7 +45,7 @@ def test_a_small_calibration_is_kept_resumed_and_extended(
     assert calibrate.load_profile(profile)[1]["batches"] == 1
 
     measured.append(None)  # one more is allowed
-    monkeypatch.setattr("blockdance_core.host.calibrate.calibrated", lambda *_, **__: [])
+    monkeypatch.setattr("blockdance_core.host.calibrate.best_schedules", lambda *_, **__: [])
     with pytest.raises(SystemExit, match="No schedule"):
         run("--out", str(out))
     assert len(measured) == 3
