@@ -95,7 +95,7 @@ class Config:
             ("preset", PRESETS), ("window", WINDOWS), ("forecast", FORECASTS), ("cache_device", CACHE_DEVICES),
             ("quality", QUALITIES),
         ):
-            _require(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
+            _require(getattr(self, name) in tuple(allowed), name, getattr(self, name), "one of " + ", ".join(allowed))
         _require(_is_int(self.group_size) and self.group_size >= 1, "group_size", self.group_size,
                  "a whole number >= 1 (1 = off)")
         _require(_is_int(self.boundary) and self.boundary >= RECOMMENDED, "boundary", self.boundary,
@@ -103,7 +103,7 @@ class Config:
         for name in ("start_percent", "end_percent"):
             value = getattr(self, name)
             _require(_is_number(value) and 0.0 <= value <= 1.0, name, value, "a share from 0 to 1")
-        if self.start_percent >= self.end_percent:
+        if self.active and self.policy is None and self.start_percent >= self.end_percent:
             raise ConfigError(
                 f"start_percent = {self.start_percent} must be below end_percent = {self.end_percent}: "
                 "the window between them is where steps are reused. Lower the start or raise the end."

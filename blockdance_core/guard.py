@@ -25,6 +25,8 @@ ORDERS = (0, 1, 2)
 _KEPT = len(ORDERS)
 _LONGEST = 8
 """So many steps may follow a computed one at most."""
+_SLACK = 2.0
+"""So many times more than in steps a reach may have grown along sigma: where steps become much larger, errors do too."""
 _PATIENCE = 4
 """After so many steps with streams that were never seen before, it is no longer the beginning."""
 
@@ -38,8 +40,8 @@ class _Stream:
         sigmas: Their noise levels.
         samples: Samples of the residual there.
         measured: Squared error of every order at the newest step, and the square of the residual; on the device.
-        reaches: How far each order had to reach for that.
-        rates: Error for a reach of 1, by order.
+        reaches: How far each order had to reach for that, in steps and along sigma.
+        errors: The root of that error as a share of the residual, and those reaches, by order.
         whole: Square of the residual.
     """
 
@@ -47,8 +49,8 @@ class _Stream:
     sigmas: list[float] = dataclasses.field(default_factory=list)
     samples: list[Tensor] = dataclasses.field(default_factory=list)
     measured: Tensor | None = None
-    reaches: dict[int, int] = dataclasses.field(default_factory=dict)
-    rates: dict[int, float] = dataclasses.field(default_factory=dict)
+    reaches: dict[int, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    errors: dict[int, tuple[float, tuple[float, float]]] = dataclasses.field(default_factory=dict)
     whole: float = 0.0
 
     def add(self, step: int, sigma: float, sample: Tensor) -> None:
@@ -61,13 +63,13 @@ class _Stream:
         for order in range(min(len(self.steps), _KEPT)):
             weights = Forecast(True, order).weights(self.sigmas, sigma)
             if len(weights) == order + 1:
-                self.reaches[order] = _reach(self.steps, step, order)
+                self.reaches[order] = self._reach(step, sigma, order)
                 off = torch.neg(sample)
                 for weight, one in zip(weights, self.samples, strict=False):
                     off.add_(one, alpha=weight)
                 errors.append(torch.dot(off, off))
         self.measured = torch.stack(errors)
-        keep = slice(0, _KEPT - 1)
+        keep = slice(0, _KEPT)  # one more than a forecast takes: the next evaluation may be of this step again
         self.steps, self.sigmas = [step, *self.steps[keep]], [sigma, *self.sigmas[keep]]
         self.samples = [sample, *self.samples[keep]]
 
@@ -75,15 +77,27 @@ class _Stream:
         """Read what was measured; waits for the device, which by the next step is done with it."""
         if self.measured is not None:
             self.whole, *errors = self.measured.tolist()
-            self.rates = {
-                order: math.sqrt(error / self.whole) / self.reaches[order]
-                for order, error in zip(self.reaches, errors, strict=True) if self.whole > 0
+            self.errors = {
+                order: (math.sqrt(error / self.whole), reach)
+                for (order, reach), error in zip(self.reaches.items(), errors, strict=True) if self.whole > 0
             }
             self.measured = None
 
-    def error(self, order: int, step: int) -> float:
-        """What a forecast of this order would be off by at a step, as a share of the residual."""
-        return self.rates[order] * _reach(self.steps, step, order)
+    def error(self, order: int, step: int, sigma: float) -> float:
+        """What a forecast of this order would be off by at a step, as a share of the residual.
+
+        It grows as the reach does in steps, which most schedules make of even weight; along sigma where
+        that has grown far more.
+        """
+        error, (steps, sigmas) = self.errors[order]
+        in_steps, along_sigma = self._reach(step, sigma, order)
+        return error * max(in_steps / steps, along_sigma / (_SLACK * sigmas) if sigmas > 0 else 0.0)
+
+    def _reach(self, step: int, sigma: float, order: int) -> tuple[float, float]:
+        """Product of the distances to the computed steps that a forecast of this order uses."""
+        nodes = zip(self.steps[: order + 1], self.sigmas, strict=False)
+        distances = [(abs(step - node), abs(sigma - level)) for node, level in nodes]
+        return math.prod(steps for steps, _ in distances), math.prod(sigmas for _, sigmas in distances)
 
 
 class Guard:
@@ -149,41 +163,45 @@ class Guard:
         """The last step that was computed: a feature from before it may not be injected."""
         return self._computed.get(boundary, 0)
 
-    def order(self, boundary: int, step: int, orders: Sequence[int] = ORDERS) -> int | None:
+    def order(self, boundary: int, step: int, sigma: float, orders: Sequence[int] = ORDERS) -> int | None:
         """The order of the forecast that a step may inject; None to compute it. All calls of a step get the same answer.
 
         Args:
             boundary: Of the features that would be injected, see `observe`.
             step: Index of the executed step.
+            sigma: Its noise level.
             orders: Orders to choose from.
         """
         with self._lock:
             if step != self._step:
                 self._step, self._answers = step, {}
             if boundary not in self._answers:
-                self._answers[boundary] = self._best(boundary, step, orders)
+                self._answers[boundary] = self._best(boundary, step, sigma, orders)
             return self._answers[boundary]
 
-    def _best(self, boundary: int, step: int, orders: Sequence[int]) -> int | None:
+    def _best(self, boundary: int, step: int, sigma: float, orders: Sequence[int]) -> int | None:
         computed = self._computed.get(boundary)
         if computed is None or step < self.lead or not 0 < step - computed <= _LONGEST:
             return None
-        errors = self._errors(boundary, computed, step, orders)
+        errors = self._errors(boundary, computed, step, sigma, orders)
         best = min(errors, key=lambda order: errors[order], default=None)
         return best if best is not None and errors[best] <= self.tolerance * self.accepted[step] else None
 
-    def _errors(self, boundary: int, computed: int, step: int, orders: Sequence[int]) -> dict[int, float]:
+    def _errors(
+        self, boundary: int, computed: int, step: int, sigma: float, orders: Sequence[int]
+    ) -> dict[int, float]:
         """The error to expect of each order that every stream of the last computed step has measured; root mean square."""
         streams = [one for name, one in self._streams.items() if name[0] == boundary and one.steps[0] == computed]
         for one in streams:
             one.resolve()
-        self._new += not all(one.rates for one in streams)
-        known = [order for order in orders if all(order in one.rates for one in streams)]
+        self._new += not all(one.errors for one in streams)
+        known = [order for order in orders if all(order in one.errors for one in streams)]
         whole = sum(one.whole for one in streams)
         if not whole > 0:
             return {}
         return {
-            order: math.sqrt(sum(one.error(order, step) ** 2 * one.whole for one in streams) / whole) for order in known
+            order: math.sqrt(sum(one.error(order, step, sigma) ** 2 * one.whole for one in streams) / whole)
+            for order in known
         }
 
     def restart(self) -> None:
@@ -192,11 +210,6 @@ class Guard:
             self._streams.clear()
             self._computed.clear()
             self._step = None
-
-
-def _reach(nodes: Sequence[int], step: int, order: int) -> int:
-    """Product of the distances in steps to the computed ones that a forecast of this order uses."""
-    return math.prod(abs(step - node) for node in nodes[: order + 1])
 
 
 def sample(part: Tensor, most: int) -> Tensor:

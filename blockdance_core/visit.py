@@ -156,7 +156,7 @@ class Visit:
         record = state.taps(plan.boundary)  # stores at them if it cannot reuse
         if state.guard is None:
             return record, plan.boundary
-        self._order = state.guard.order(state.from_end(plan.boundary), self.moment.step, state.orders(plan))
+        self._order = state.guard.order(state.from_end(plan.boundary), self.moment.step, self.moment.sigma, state.orders(plan))
         if self._order is not None:
             return record, plan.boundary
         if state.guard.lost:

@@ -33,10 +33,12 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python dev.py calibrate", description=__doc__)
     top.add_argument("--model", choices=MODELS, default="sd3-mini", help="default: %(default)s")
-    top.add_argument("--steps", type=int, nargs="+", help="numbers of steps; one after the other")
+    top.add_argument("--steps", type=common.count, nargs="+", help="numbers of steps; one after the other")
     common.add(top)
-    top.add_argument("--prompts", type=int, default=8, help="captions to profile on, half of them hard (default %(default)s)")
-    top.add_argument("--checks", type=int, default=8, help="further captions to choose schedules on (default %(default)s)")
+    top.add_argument("--prompts", type=common.count, default=8,
+                     help="captions to profile on, half of them hard (default %(default)s)")
+    top.add_argument("--checks", type=common.count, default=8,
+                     help="further captions to choose schedules on (default %(default)s)")
     top.add_argument("--proofs", type=int, default=8, help=(
         "further captions that choose none: what a schedule loses is measured on them (default %(default)s; 0: on the others)"))
     top.add_argument("--boundaries", default="", metavar="LIST",
@@ -59,8 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     common.begin(options)
     demo = load_demo(options.model)
     out = options.out or POLICIES / f"{options.model}.safetensors"
-    for steps in options.steps or [None]:
-        calibrate(demo, common.fitted(options, options.model, steps), out, common.command("calibrate", given))
+    try:
+        for steps in options.steps or [None]:
+            calibrate(demo, common.fitted(options, options.model, steps), out, common.command("calibrate", given))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{options.model}: {error}") from error
     return 0
 
 
@@ -97,13 +102,9 @@ def calibrate(demo: Any, options: argparse.Namespace, out: Path, command: str) -
     assert measured is not None
     about = settings | how | {"threads": options.threads, "command": command}
     with _bar(f"{title}: schedules") as progress:
-        try:
-            _, found = host.calibrate(
-                measured, out, (options.cut,) if options.cut else CUTS, options.fidelity, options.effort, progress,
-                _prompts(demo, options, "checks"), _prompts(demo, options, "proofs"), about,
-                options.add)
-        except ValueError as error:
-            raise SystemExit(f"{title}: {error}") from error
+        _, found = host.calibrate(
+            measured, out, (options.cut,) if options.cut else CUTS, options.fidelity, options.effort, progress,
+            _prompts(demo, options, "checks"), _prompts(demo, options, "proofs"), about, options.add)
     beside.unlink(missing_ok=True)
     print(f"{title}\n" + "\n".join(lines(found["levels"])))
     cost = found["cost"]

@@ -25,11 +25,19 @@ def add(top: argparse.ArgumentParser) -> None:
     top.add_argument("--threads", type=int, default=torch.get_num_threads())
 
 
+def count(text: str) -> int:
+    """A number of steps or captions."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too few: expected 1 or more")
+    return number
+
+
 def fitted(options: argparse.Namespace, name: str, steps: int | None = None) -> argparse.Namespace:
     """The options, with the model's own sampling where none is given."""
     own: dict[str, Any] = ARCHITECTURES[name].sampling
     given = {key: value for key, value in vars(options).items() if value is not None or key not in own}
-    return argparse.Namespace(**{**own, **given, "steps": steps or own["steps"]})
+    return argparse.Namespace(**{**own, **given, "steps": own["steps"] if steps is None else steps})
 
 
 def begin(options: argparse.Namespace) -> None:
@@ -38,6 +46,11 @@ def begin(options: argparse.Namespace) -> None:
     launcher.enter(*device_arguments())
     torch.set_num_threads(options.threads)
     logging.getLogger().setLevel(logging.WARNING)
+    from blockdance_core.host.rollout import choices
+
+    for name, known in zip(("sampler", "scheduler"), choices(), strict=True):
+        if getattr(options, name) not in (None, *known):
+            raise SystemExit(f"There is no {name} {getattr(options, name)!r}. Known: {', '.join(known)}.")
 
 
 def command(name: str, given: Sequence[str]) -> str:

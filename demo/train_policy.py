@@ -25,10 +25,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python dev.py train-policy", description=__doc__)
     top.add_argument("--model", choices=MODELS, default="sd3-mini", help="default: %(default)s")
-    top.add_argument("--steps", type=int, help="number of steps (default: the model's own)")
+    top.add_argument("--steps", type=common.count, help="number of steps (default: the model's own)")
     common.add(top)
-    top.add_argument("--prompts", type=int, default=96, help="captions (default %(default)s)")
-    top.add_argument("--batch", type=int, default=4, help="captions sampled together (default %(default)s)")
+    top.add_argument("--prompts", type=common.count, default=96, help="captions (default %(default)s)")
+    top.add_argument("--batch", type=common.count, default=4, help="captions sampled together (default %(default)s)")
     top.add_argument("--policy", type=Path, help="calibrated schedules (default: demo/policies/<model>.safetensors)")
     top.add_argument("--reward", default="fidelity", help="fidelity, or ssim (default: %(default)s)")
     top.add_argument("--out", type=Path, metavar="PATH", help="the file (default: demo/policies/<model>-ada.safetensors)")
@@ -42,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(given)
     common.begin(options)
     with processes.processes():
-        record = _train(common.fitted(options, options.model, options.steps), common.command("train-policy", given))
+        try:
+            record = _train(common.fitted(options, options.model, options.steps), common.command("train-policy", given))
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"{options.model}: {error}") from error
     if record is not None:
         sys.stdout.write(command.told(record) + "\n")
     return 0

@@ -45,7 +45,7 @@ class BlockDanceAccelerate(io.ComfyNode):
                 io.Combo.Input("forecast", options=list(FORECASTS), default=Config.forecast, advanced=True),
                 io.Combo.Input("cache_device", options=list(CACHE_DEVICES), default=Config.cache_device, advanced=True),
                 PolicyType.Input("policy", optional=True),
-                io.Combo.Input("quality", options=list(QUALITIES), default=Config.quality),
+                io.Combo.Input("quality", options=list(QUALITIES), default=Config.quality, optional=True),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],

@@ -226,9 +226,9 @@ def _adds_noise(sampler: str) -> bool:
 
 
 def _prepare_sampling(
-    executor: WrapperExecutor, model: ModelPatcher, noise_shape: Sequence[float], conds: Any,
-    model_options: dict[str, Any] | None = None, *args: Any, **kwargs: Any,
+    executor: WrapperExecutor, model: ModelPatcher, noise_shape: Sequence[float], conds: Any, *args: Any, **kwargs: Any
 ) -> Any:
+    model_options = kwargs.get("model_options", args[0] if args else None)  # passed on as it came: others look it up by name
     options = (model_options or {}).get("transformer_options", {})
     session = _session_in(options)
     if session is not None:
@@ -238,7 +238,7 @@ def _prepare_sampling(
     if session is not None and session.announced_bytes:
         of_one = model.model.memory_required([1, *noise_shape[1:]])
         noise_shape = [noise_shape[0] + session.announced_bytes / (2 * max(of_one, 1)), *noise_shape[1:]]
-    return executor(model, noise_shape, conds, model_options, *args, **kwargs)
+    return executor(model, noise_shape, conds, *args, **kwargs)
 
 
 def _announced_bytes(handle: Handle, model: ModelPatcher, shapes: Sequence[Sequence[int]], plan: Schedule) -> int:

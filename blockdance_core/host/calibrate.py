@@ -46,8 +46,11 @@ def calibrate(
 
     Raises:
         ConfigError: The file is there already, and damaged or for another model.
-        ValueError: There is no such schedule.
+        ValueError: There is no such schedule, or a cut is no share.
     """
+    for cut in cuts:
+        if not 0 < cut < 1:
+            raise ValueError(f"cut = {cut} is not valid: expected a share of the time from 0 to below 1.")
     policy, first = policy_in(path, measured.model), measured.prompts[0]
     nothing = Checked((None,) * measured.profile.steps, 0.0, 0.0, 0.0)
     key = entry(measured.model, first, [nothing]).key

@@ -27,14 +27,15 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python dev.py bench", description=__doc__)
     top.add_argument("--model", choices=(*MODELS, "all"), nargs="+", default=["sd3-mini"], help="default: sd3-mini")
-    top.add_argument("--steps", type=int, nargs="+", help="of the full run, several in turn (default: 30, or the model's)")
+    top.add_argument("--steps", type=common.count, nargs="+",
+                     help="of the full run, several in turn (default: 30, or the model's)")
     common.add(top)
     top.add_argument("--methods", nargs="+", default=["*"], metavar="PATTERN",
                      help="such as 'ours-*' or 'fora N=2'; known: " + ", ".join(methods.METHODS))
     top.add_argument("--split", choices=("train", "validation", "test"), default="test")
     top.add_argument("--difficulty", choices=("mixed", "easy", "hard"), default="mixed")
-    top.add_argument("--prompts", type=int, default=32)
-    top.add_argument("--batch", type=int, default=4, help="pictures a run")
+    top.add_argument("--prompts", type=common.count, default=32)
+    top.add_argument("--batch", type=common.count, default=4, help="pictures a run")
     top.add_argument("--pair", type=int, default=1, metavar="K",
                      help="settings between two full runs; more is faster, and less exact on a machine that is not idle")
     top.add_argument("--seed", type=int, default=0, help="of captions and noise")
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report:
         page.write()
         return 0
+    methods.known(options.methods)
     common.begin(options)
     command = common.command("bench", sys.argv[1:] if arguments is None else arguments)
     place = environment(options)

@@ -267,6 +267,13 @@ def settings(case: Case, patterns: Sequence[str] = ("*",)) -> dict[str, list[Set
     return {name: found for name, found in chosen.items() if found}
 
 
+def known(patterns: Sequence[str]) -> None:
+    """Refuse name patterns of which one fits no method."""
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern.split(" ")[0]) for name in METHODS):
+            raise SystemExit(f"No method fits {pattern!r}. Known: {', '.join(METHODS)}.")
+
+
 def whole(patterns: Sequence[str]) -> list[str]:
     """The methods that name patterns want every setting of."""
     return [name for name in METHODS if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]

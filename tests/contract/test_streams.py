@@ -160,9 +160,13 @@ def test_context_windows_are_streams_of_their_own(schedule: str) -> None:
     latent = torch.cat([case.latent(seed=seed) for seed in range(3)], 2)  # nine frames
     fix = "causal_window_fix"  # on by default where the host has it
     plain = {fix: False} if fix in inspect.signature(ContextWindowsManualNode.execute).parameters else {}
-    windowed = ContextWindowsManualNode.execute(
-        model_of(case), context_length=4, context_overlap=1, context_schedule=schedule, context_stride=1,
-        closed_loop=False, fuse_method="pyramid", dim=2, freenoise=False, **plain).result[0]
+
+    def in_windows(model: ModelPatcher) -> ModelPatcher:
+        return ContextWindowsManualNode.execute(
+            model, context_length=4, context_overlap=1, context_schedule=schedule, context_stride=1,
+            closed_loop=False, fuse_method="pyramid", dim=2, freenoise=False, **plain).result[0]
+
+    windowed = in_windows(model_of(case))
     accelerated = accelerate(windowed, forecast="delta")
     found = sample(accelerated, case, steps=STEPS, latent=latent)
     run = last_run(accelerated)
@@ -175,6 +179,9 @@ def test_context_windows_are_streams_of_their_own(schedule: str) -> None:
     other = sample(accelerate(windowed, group_size=1), case, steps=STEPS, latent=latent)
     assert torch.equal(full, other)
     assert distance(full, found) < 0.2
+    for settings, expected in (({"forecast": "delta"}, found), ({"enabled": False}, full)):
+        behind = in_windows(accelerate(model_of(case), **settings))
+        assert torch.equal(sample(behind, case, steps=STEPS, latent=latent), expected)
 
 
 def dual(model: ModelPatcher, negative: ModelPatcher, case: Case) -> Tensor:

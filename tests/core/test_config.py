@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from blockdance_core.config import Config, ConfigError, Defaults, resolve
+from blockdance_core.policy import Fixed
 
 
 @pytest.mark.parametrize(("name", "value", "expected"), [
@@ -18,6 +19,7 @@ from blockdance_core.config import Config, ConfigError, Defaults, resolve
     ("forecast", "linear", "taylor, taylor2, delta, hold"),
     ("forecast", "", "taylor, taylor2, delta, hold"),
     ("cache_device", "cuda", "auto, gpu, cpu"),
+    ("quality", ["draft"], "off, strict"),
     ("quality", "best", "off, strict, near-lossless, balanced, draft, sketch"),
     ("group_size", 0, ">= 1"),
     ("group_size", -3, ">= 1"),
@@ -51,6 +53,8 @@ def test_config_start_not_below_end_is_refused_with_both(start: float, end: floa
         Config(start_percent=start, end_percent=end)
     assert str(start) in str(error.value)
     assert str(end) in str(error.value)
+    for off in ({"enabled": False}, {"group_size": 1}, {"policy": Fixed((None,))}):
+        Config(start_percent=start, end_percent=end, **off)
 
 
 def test_config_limits_are_inclusive_and_whole_numbers_are_shares() -> None:

@@ -24,8 +24,12 @@ def see(watch: Guard, step: int, value: float, key: str = "a", boundary: int = 5
     watch.observe(boundary, key, step, 1 - (step + later) / STEPS, (base[0] + value,), base)
 
 
+def order(watch: Guard, step: int, orders: Sequence[int] = ORDERS, boundary: int = 5) -> int | None:
+    return watch.order(boundary, step, 1 - step / STEPS, orders)
+
+
 def asked(watch: Guard, step: int, boundary: int = 5, orders: Sequence[int] = ORDERS) -> bool:
-    return watch.order(boundary, step, orders) is not None
+    return order(watch, step, orders, boundary) is not None
 
 
 def test_nothing_is_allowed_before_an_error_was_measured() -> None:
@@ -41,7 +45,7 @@ def test_order_0_error_grows_with_the_distance() -> None:
     watch = guard(0.1)
     for step, value in enumerate((1.0, 1.04)):  # off by .04 / 1.04 a step
         see(watch, step, value)
-    assert [watch.order(5, step, (0,)) for step in (2, 3, 4)] == [0, 0, None]
+    assert [order(watch, step, (0,)) for step in (2, 3, 4)] == [0, 0, None]
 
 
 def test_straight_residual_is_forecast_by_a_line_and_a_parabola_by_a_curve() -> None:
@@ -49,8 +53,8 @@ def test_straight_residual_is_forecast_by_a_line_and_a_parabola_by_a_curve() -> 
     for step in range(4):
         see(line, step, 1 + step / 4)
         see(curve, step, 1 + step**2 / 4)
-    assert line.order(5, 4) == 1
-    assert curve.order(5, 4) == 2
+    assert order(line, 4) == 1
+    assert order(curve, 4) == 2
     flat = guard(0.01)
     for step in range(4):
         see(flat, step, 1 + step / 4)
@@ -116,6 +120,25 @@ def test_second_evaluation_of_a_step_takes_the_place_of_the_first() -> None:
     assert not asked(strict, 2, orders=(0,)), "the last evaluation is what would be injected, and it is off by a half"
 
 
+def test_two_evaluations_a_step_leave_enough_history_for_every_order() -> None:
+    watch = guard(0.1)
+    for step in range(4):
+        see(watch, step, 1.0 + 0.1 * step**2)
+        see(watch, step, 1.0 + 0.1 * (step + 1) ** 2, later=1.0)
+    assert order(watch, 4, (2,)) == 2
+
+
+def test_what_small_steps_showed_is_not_believed_of_large_ones() -> None:
+    def reuses(sigma: float) -> bool:
+        watch = guard(0.15)
+        for step, value in enumerate((1.0, 1.1)):
+            base = (torch.full((1, 4, 8), 5.0),)
+            watch.observe(5, "a", step, 1 - 0.01 * step, (base[0] + value,), base)
+        return watch.order(5, 2, sigma, (0,)) is not None
+
+    assert [reuses(1 - far) for far in (0.02, 0.03, 0.05, 0.2)] == [True, True, False, False]
+
+
 def test_evaluation_of_an_earlier_step_is_judged_by_what_lies_before_it() -> None:
     watch = guard(5.0)
     for step in (0, 1, 2, 3, 2, 4):  # as heunpp2 looks ahead
@@ -125,16 +148,16 @@ def test_evaluation_of_an_earlier_step_is_judged_by_what_lies_before_it() -> Non
 
 
 def test_stream_that_appears_late_forbids_what_it_has_not_measured() -> None:
-    for order in ("ab", "ba"):
+    for names in ("ab", "ba"):
         watch = guard(math.inf)
         for step in range(3):
             see(watch, step, 1.0, "a")
-        for key in order:
+        for key in names:
             see(watch, 3, 1.0, key)
         assert not asked(watch, 4), "b has one feature and no error"
-        for key in order:
+        for key in names:
             see(watch, 4, 1.0, key)
-        assert watch.order(5, 5) == 0, "b has measured no other"
+        assert order(watch, 5) == 0, "b has measured no other"
 
 
 def test_stream_that_is_gone_forbids_nothing_and_is_forgotten() -> None:

@@ -375,6 +375,11 @@ def test_expected_of_a_boundary_alone_is_never_better_than_of_all_together() -> 
     assert "16 of 16 blocks" in tails.table([*alone, free])
 
 
+def test_patterns_that_fit_no_method_are_refused() -> None:
+    with pytest.raises(SystemExit, match=r"No method fits 'zzz'\. Known: ours-paper"):
+        program.main(["--methods", "fora N=2", "zzz"])
+
+
 def test_prompts_are_of_the_test_split_half_easy_half_hard() -> None:
     from demo import scenes
 

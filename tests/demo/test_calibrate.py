@@ -15,6 +15,7 @@ from blockdance_core.calibration import Profile
 from blockdance_core.host import profiling
 from blockdance_core.policy import load
 from demo import calibrate
+from demo.loader import POLICIES
 
 SMALL = ["--steps", "8", "--prompts", "2", "--checks", "2", "--proofs", "1", "--threads", "1"]
 
@@ -110,6 +111,26 @@ def test_profile_of_another_version_is_measured_again(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, settings="{}", forecasts=[1.0])
     assert calibrate._resumed(path, {}, None, []) is None
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--sampler", "nope"], "no sampler 'nope'. Known: euler,"),
+    (["--scheduler", "nope"], "no scheduler 'nope'. Known: simple,"),
+    (["--boundaries", "99"], "boundaries holds '99'"), (["--steps", "2"], "2 steps is too short"),
+    (["--out", str(POLICIES / "pixart-mini.safetensors")], "was calibrated for PixArt with 28"),
+    (["--out", str(POLICIES / "sd3-mini-ada.safetensors")], "holds a decision network"),
+])
+def test_what_cannot_be_calibrated_is_refused_at_once(arguments: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=message):
+        run("--out", str(tmp_path / "a.safetensors"), *arguments)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--prompts", "0"], ["--checks", "-1"]])
+def test_too_few_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        calibrate.parser().parse_args(arguments)
+    assert "expected 1 or more" in capsys.readouterr().err
 
 
 def test_no_proofs_are_no_captions() -> None:

@@ -60,7 +60,7 @@ def test_schema_ids_order_defaults_and_advanced_flags_are_the_api(accelerate: An
         ("forecast", "COMBO", "taylor", True, False),
         ("cache_device", "COMBO", "auto", True, False),
         ("policy", "BLOCKDANCE_POLICY", None, False, True),
-        ("quality", "COMBO", "off", False, False),
+        ("quality", "COMBO", "off", False, True),
     ]
     options = {i.id: list(i.options) for i in schema.inputs if i.get_io_type() == "COMBO"}
     assert options == {"preset": ["auto", "paper", "custom"], "window": ["noise_level", "steps"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -328,6 +329,15 @@ def test_progress_ends_when_all_is_done(measured: Any, cuts: tuple[float, ...], 
     best_schedules(measured.profile, [one], cuts, progress=lambda done, of: told.append((done, of)), proofs=others)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert told[-1] == (3 * len(cuts) + proofs, 3 * len(cuts) + proofs)
+
+
+@pytest.mark.parametrize("cut", [math.nan, math.inf, -0.1, 1.0])
+def test_a_cut_that_is_no_share_is_refused_and_nothing_is_written(
+    calibrate: Any, measured: Any, cut: float, folder: Path
+) -> None:
+    with pytest.raises(ValueError, match="is not valid: expected a share"):
+        calibrate.execute(measured, "a", cut, 0.0, 0)
+    assert not folder.exists() or not list(folder.iterdir())
 
 
 def test_cut_counts_the_calls_that_the_sampler_makes(measured: Any) -> None:
