@@ -100,6 +100,7 @@ class Session:
         self._numbers: dict[Hashable, int] = {}  # of the evaluation before
         self._recorded = self._refused = -1  # the last steps at which something was to be stored, and at which it was not
         self._hindered = False
+        self._changing = 0  # at so many steps in a row something was stored under another condition than at the one before
         self._lock = threading.Condition()  # on several GPUs the host calls one model per device, each from a thread
         self._under_way = 0
         self._closed = False
@@ -135,7 +136,9 @@ class Session:
                 state.forget()
         if self.evaluations and step != self.step:
             self._tell()
-            self._hindered = 0 <= self._refused == self._recorded
+            changed = any(state.cache.changed == self.step for state in self.models.values())
+            self._changing = self._changing + 1 if changed else 0
+            self._hindered = 0 <= self._refused == self._recorded or self._changing > 1
         self.evaluations += 1
         self.step, self.sigma, self.condition = step, sigma, condition
         if self.looks_at is not None and step >= self.looks_at:

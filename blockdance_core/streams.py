@@ -124,6 +124,7 @@ class FeatureCache:
         device: Where entries are kept; None for where they are computed.
         stored_bytes: Bytes stored now.
         peak_bytes: Most bytes stored so far.
+        changed: The last step at which a stream was stored under another condition than before.
         unweighed: Whether a stream was forecast without weights that hold for one conditioning set against one other, as it
             is of another kind.
     """
@@ -135,6 +136,7 @@ class FeatureCache:
         self.device: torch.device | None = None
         self.stored_bytes = 0
         self.peak_bytes = 0
+        self.changed = -1
         self.unweighed = False
         self._entries: dict[tuple[StreamKey, int], list[Entry]] = {}
         self._seen: dict[StreamKey, int] = {}
@@ -156,8 +158,10 @@ class FeatureCache:
             What was stored; or why nothing was. Running out of memory here is such a reason; it is not raised.
         """
         self._seen[key] = at.step
-        history = [old for old in self._entries.get((key, boundary), [])
-                   if old.at.step != at.step and old.at.condition == at.condition][: self.keep - 1]
+        alike = [old for old in self._entries.get((key, boundary), []) if old.at.condition == at.condition]
+        if len(alike) < len(self._entries.get((key, boundary), [])):
+            self.changed = at.step
+        history = [old for old in alike if old.at.step != at.step][: self.keep - 1]
         self._replace(key, boundary, history)
         if self.stored_bytes + nbytes(output) > self.limit:
             return f"the cache is at its limit of {self.limit / 2**20:.0f} MiB"

@@ -48,8 +48,9 @@ class Moment(NamedTuple):
         step: Index of the executed step.
         evaluation: Number of the evaluation.
         sigma: Its noise level.
-        hindered: Whether one of the calls that were computed last could not store its part. Then none reuses: the error of a
-            forecast that one side of guidance has alone does not cancel, and guidance multiplies it.
+        hindered: Whether one of the calls that were computed last could not store its part, or what one stores is valid for its
+            own step alone. Then none reuses: the error of a forecast that one side of guidance has alone does not cancel,
+            and guidance multiplies it.
     """
 
     step: int
