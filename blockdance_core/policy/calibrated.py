@@ -20,6 +20,8 @@ _ROUNDING = 1e-6
 _SAME = 0.005
 """Cuts this near to each other are one."""
 _MAX_ORDER = 2
+_FEWER = 2 / 3
+"""With less than this share of the calibrated steps a schedule bridges more than it was made for."""
 _MOST = 1000
 """A run's part of the noise schedule is not put in words where it is smaller than one in so many."""
 
@@ -273,8 +275,9 @@ class SchedulePolicy:
                 return ()
             return (f"calibrated with the scheduler {entry.scheduler}, this run has other noise levels: fitted by noise level",)
         part = f" (as {whole} over the whole noise schedule)" if whole != count and whole < _MOST * count else ""
+        far = "; with so many fewer steps it loses far more: set a quality beside it, or calibrate anew"
         return (f"calibrated for {entry.steps} steps of {entry.sampler}, this run has {count}{part} of {sampler}: "
-                "fitted by noise level",)
+                "fitted by noise level" + (far if whole < _FEWER * entry.steps else ""),)
 
 
 def level_for(cuts: Sequence[float], group_size: int, wanted: float, name: str) -> tuple[int, tuple[str, ...]]:

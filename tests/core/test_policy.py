@@ -131,6 +131,12 @@ def test_number_of_steps_is_the_nearest_in_ratio() -> None:
         assert f"calibrated for {nearest} steps" in at_speed(even(steps), 2, "euler", *entries).warnings[0]
 
 
+@pytest.mark.parametrize(("steps", "far"), [(13, True), (14, False), (19, False), (40, False)])
+def test_far_fewer_steps_than_calibrated_are_advised_against(steps: int, far: bool) -> None:
+    (warning,) = at_speed(even(steps), 2, "euler", entry(20)).warnings
+    assert ("set a quality beside it, or calibrate anew" in warning) is far
+
+
 def test_another_sampler_is_fitted_and_says_so() -> None:
     plan = at_speed(even(20), 2, "dpmpp_2m")
     assert letters(plan) == PLANS[20][1]
