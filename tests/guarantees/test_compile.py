@@ -27,7 +27,7 @@ from blockdance_core.host.rollout import Prompt, Rollouts
 from blockdance_core.interception import FullGraphError
 
 sd3, flux = CASES["sd3"], CASES["flux"]
-MODELS = [CASES[name] for name in ("sd3", "flux", "pixart_sigma", "wan_t2v", "hunyuan3d_21", "undeclared") if name in CASES]
+MODELS = [CASES[name] for name in ("sd3", "flux", "pixart_sigma", "wan_t2v", "hunyuan3d_21", "undeclared")]
 
 
 @pytest.fixture(autouse=True)
