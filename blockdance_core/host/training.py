@@ -355,12 +355,15 @@ class _Work:
             return
         written = self.checkpoint.with_name(f"{self.checkpoint.name}.tmp")
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({
-            "about": json.dumps(self._about), "spent": spent, "trainer": self.trainer.state(),
-            "costs": {str(key): value for key, value in self.pictures.costs.items()},
-            "readings": [[reading.cells, reading.places] for reading in self._readings],
-        }, written)
-        os.replace(written, self.checkpoint)
+        try:
+            torch.save({
+                "about": json.dumps(self._about), "spent": spent, "trainer": self.trainer.state(),
+                "costs": {str(key): value for key, value in self.pictures.costs.items()},
+                "readings": [[reading.cells, reading.places] for reading in self._readings],
+            }, written)
+            os.replace(written, self.checkpoint)
+        finally:
+            written.unlink(missing_ok=True)  # of a disk that was full
 
     def keep_at_times(self) -> None:
         """The same, but not too often."""

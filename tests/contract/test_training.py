@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -527,6 +528,17 @@ def test_damaged_checkpoint_is_refused_and_stays(share: float, tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"Cannot go on from .*\.safetensors\.training: it is damaged .* Remove it, or"):
         trained(path)
     assert checkpoint.read_bytes() == data
+
+
+def test_a_full_disk_leaves_no_part_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Any, path: Path) -> None:
+        path.write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        trained(tmp_path / "a.safetensors")
+    assert os.listdir(tmp_path) == []
 
 
 def test_checkpoint_does_not_grow_with_the_length_of_texts(tmp_path: Path) -> None:
