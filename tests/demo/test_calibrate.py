@@ -36,12 +36,12 @@ def test_a_small_calibration_is_kept_resumed_and_extended(
 
     def measure_once(*arguments: Any, **more: Any) -> Profile:
         if len(measured) == 1:
-            raise InterruptedError
+            raise KeyboardInterrupt
         measured.append(measure(*arguments, **more))
         return measured[-1]
 
     monkeypatch.setattr(profiling, "measure", measure_once)
-    with pytest.raises(InterruptedError):
+    with pytest.raises(KeyboardInterrupt):
         run("--out", str(out))
     assert calibrate.load_profile(profile)[1]["batches"] == 1
 

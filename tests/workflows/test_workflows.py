@@ -52,7 +52,8 @@ def test_saved_accelerate_values_are_the_defaults(host: Host, workflow: SavedWor
     declared = host.definitions["BlockDanceAccelerate"]["input"]
     saved = widgets(workflow.one("BlockDanceAccelerate"), declared)
 
-    defaults = {name: spec[1]["default"] for name, spec in declared["required"].items() if "default" in spec[1]}
+    specs = {**declared["required"], **declared["optional"]}
+    defaults = {name: spec[1]["default"] for name, spec in specs.items() if "default" in spec[1]}
     assert saved == defaults
 
 
