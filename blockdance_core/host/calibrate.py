@@ -50,7 +50,7 @@ def calibrate(
     """
     for cut in cuts:
         if not 0 < cut < 1:
-            raise ValueError(f"cut = {cut} is not valid: expected a share of the time from 0 to below 1.")
+            raise ValueError(f"cut = {cut} is not valid: expected a share of the time above 0 and below 1.")
     policy, first = policy_in(path, measured.model), measured.prompts[0]
     nothing = Checked((None,) * measured.profile.steps, 0.0, 0.0, 0.0)
     key = entry(measured.model, first, [nothing]).key
