@@ -360,6 +360,13 @@ def test_test_in_the_users_own_comfyui_goes_by_what_it_calls_itself(
     assert started[-1][1:] == ["tests"]
 
 
+def test_tests_that_start_programs_are_one_group_of_the_parallel_run(dev: ModuleType) -> None:
+    asked = [sys.executable, "-m", "pytest", "-v", *dev.PARALLEL, "-p", "no:cacheprovider", "tests/browser/test_help.py"]
+    done = subprocess.run([*asked, "-k", "names_every_input"], capture_output=True, text=True, cwd=ROOT, check=False)
+    passed = [line.split()[-1] for line in done.stdout.splitlines() if " PASSED " in line]
+    assert passed and all(test.endswith("@programs") for test in passed), done.stdout
+
+
 def test_demo_keeps_its_own_options_and_hands_on_the_rest(
     dev: ModuleType, started: list, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

