@@ -140,7 +140,8 @@ def _window(inside: Sequence[int], steps: int) -> dict[str, Any]:
 
 
 def _cut(block_runs: float, full: float) -> float:
-    return round(1 - block_runs / full, 4) if full else 0.0
+    """Share of the runs of blocks that were saved. Where none ran at all, they were not seen: nothing is known."""
+    return round(1 - block_runs / full, 4) if block_runs and full else 0.0
 
 
 def _adaptive(choice: Choice | None) -> dict[str, Any] | None:

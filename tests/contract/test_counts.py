@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from harness import REUSED, STEPS, accelerate, every_case, last_run, model_of
-from tiny import Case, count_calls, sample
+from tiny import CASES, Case, count_calls, sample
 
 pytestmark = pytest.mark.smoke
 
@@ -36,3 +37,17 @@ def test_reuse_steps_run_the_blocks_behind_the_boundary_alone(case: Case, differ
         assert run["reused_calls"] == calls * len(REUSED)
         assert run["boundary"] == [None] * 3 + [boundary] * 6 + [None]
         assert run["cut_arithmetic"] == pytest.approx(3 / 10 * (boundary + 1) / case.depth, abs=1e-4)
+
+
+def test_a_model_that_runs_its_blocks_in_a_way_of_its_own_is_computed_and_no_cut_is_claimed() -> None:
+    """As a later release's WanAnimate2Model does, a WanModel whose loop calls other methods of its blocks."""
+    case = CASES["wan_t2v"]
+    model = case.build()
+    for block in case.blocks(model.model.diffusion_model):
+        block.__class__ = type("Aside", (type(block),), {"__call__": type(block).forward})
+    full = sample(model, case, steps=STEPS)
+    accelerated = accelerate(model, boundary=2)
+    assert torch.equal(sample(accelerated, case, steps=STEPS), full)
+    run = last_run(accelerated)
+    assert run["fallbacks"] == {"the blocks did not run: something else answered the call": sum(run["calls"])}
+    assert run["cut_arithmetic"] == run["reused_steps"] == 0
