@@ -430,6 +430,8 @@ def _missing(data: dict[str, Any]) -> Iterator[str]:
     solvers = {point["sampler"] for point in data["points"]}
     yield f"- full runs of other solvers than {', '.join(sorted(solvers))}"
     yield from (f"- `python dev.py bench --{name.replace('_', '-')}`" for name in SWEEPS if name not in data)
+    if "real_size" in data and not any(row["compiled"] for row in data["real_size"]["rows"]):
+        yield "- models of real size on a GPU, eager and compiled: `python dev.py bench --real-size`"
     yield ""
 
 

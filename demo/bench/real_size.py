@@ -181,7 +181,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         notes = "; ".join(filter(None, [scaled_down if row["tokens_scale"] * row["layers_scale"] != 1 else "", row["note"]]))
         lines.append(
             f"| {row['model']} | {'compiled' if row['compiled'] else 'eager'} | {row['setting']} | {row['blocks']} | "
-            f"{row['full_dit_ms']:.0f} | {row['dit_ms']:.0f} | {row['cut']:.1%} | {row['cut_arithmetic']:.1%} | "
-            f"{row['peak_bytes'] / 2**20:.0f} ({row['full_peak_bytes'] / 2**20:.0f}) | {notes} |"
+            f"{row['full_dit_ms']:.0f} | {row['dit_ms']:.0f} | {row['cut']:.1%} | {row['cut_arithmetic']:.1%} | {_peak(row)} | "
+            f"{notes} |"
         )
     return "\n".join(lines)
+
+
+def _peak(row: dict[str, Any]) -> str:
+    """The peak of the GPU's memory; a CPU has none."""
+    own, full = (row[name] / 2**20 for name in ("peak_bytes", "full_peak_bytes"))
+    return f"{own:.0f} ({full:.0f})" if full else "-"
