@@ -339,8 +339,8 @@ def test_page_says_what_was_not_measured() -> None:
     assert "- sd3-mini, 20 steps: ours-paper" in text
     assert "- `python dev.py bench --real-size`" in text
     assert "fora" not in text[text.index("## Not measured") :].splitlines()[2]
-    row = {"model": "dit-xl-2", "setting": "inactive", "compiled": False, "blocks": 28, "steps": 10, "tokens_scale": 1, "note": "",
-           "layers_scale": 1, "dit_ms": 9.0, "full_dit_ms": 9.0, "cut": 0.0, "cut_arithmetic": 0.0, "peak_bytes": 0,
+    row = {"model": "dit-xl-2", "setting": "inactive", "compiled": False, "blocks": 28, "steps": 10, "tokens_scale": 1,
+           "layers_scale": 1, "note": "", "dit_ms": 9.0, "full_dit_ms": 9.0, "cut": 0.0, "cut_arithmetic": 0.0, "peak_bytes": 0,
            "full_peak_bytes": 0, "command": "bench", "environment": {"device": "x86_64", "threads": 1}}
     for compiled in (False, True):
         found = {"rows": [row, row | {"compiled": compiled}]}
