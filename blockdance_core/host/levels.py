@@ -56,15 +56,19 @@ def accepted_errors(model_sampling: Any, sigmas: Sequence[float], slopes: bool =
 
 
 def _flow(model_sampling: Any, sigma: float, slope: bool) -> tuple[float, float]:
-    """Share of noise in a latent at `sigma`, 0 to 1, and the error of the velocity that an error of 1 makes."""
+    """Share of noise in a latent at `sigma`, 0 to 1, and the error of the velocity that an error of 1 makes.
+
+    Both errors as shares of what is predicted: where noise is made larger (HiDream-O1: 8 times), that is as large.
+    """
     at, one = torch.full((1,), sigma, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
     clean, noise = (
         float(model_sampling.noise_scaling(at, *pair)) for pair in ((0 * one, one.clone()), (one.clone(), 0 * one))
     )
     # what an error of 1 does to the clean latent
     moved = sigma if slope else abs(float(model_sampling.calculate_denoised(at, one, 0 * one)))
+    size = max(1.0, noise / sigma) if sigma else 1.0
     share = noise / (clean + noise) if clean + noise > 0 else math.nan
-    return share, moved / share if share else math.nan
+    return share, moved * size / share if share else math.nan
 
 
 def _in_main_memory(model_sampling: Any) -> Any:

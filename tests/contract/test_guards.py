@@ -47,6 +47,14 @@ def test_guard_that_accepts_nothing_computes_everything_bit_by_bit(case: Case, m
 
 
 @every_family
+def test_strict_stays_close_whatever_the_model_predicts_and_however_large_its_noise_is(case: Case) -> None:
+    """Random weights, which are hard to forecast: mostly little is reused, but where it is, it is right."""
+    model = model_of(case)
+    full, near = (sample(one, case, steps=30) for one in (model, accelerate(model, preset="auto", quality="strict")))
+    assert float((near - full).norm() / full.norm()) < 0.1
+
+
+@every_family
 def test_switched_off_a_quality_changes_nothing(case: Case) -> None:
     model = model_of(case)
     full = sample(model, case, steps=STEPS)

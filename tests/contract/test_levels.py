@@ -46,6 +46,18 @@ def test_error_of_predicted_noise_counts_1_plus_sigma_times() -> None:
     assert accepted_errors(sampling, sigmas) == pytest.approx(expected)
 
 
+def test_error_of_what_predicts_larger_noise_counts_as_much_more() -> None:
+    """HiDream-O1 adds noise 8 times as large: so is the velocity that it predicts, and an error as a share of it."""
+    sampling = model_of(CASES["hidream_o1"]).get_model_object("model_sampling")
+    sigmas = [0.9, 0.5, 0.1, 0.0]
+    sizes = [8 * sigma + 1 - sigma for sigma in sigmas]
+    shares = [8 * sigma / size for sigma, size in zip(sigmas, sizes, strict=True)]
+    expected = [(1 - 0.8 * share) * shares[0] / (3 * (share - following) * size)
+                for share, following, size in zip(shares, shares[1:], sizes, strict=False)]
+    assert accepted_errors(sampling, sigmas) == pytest.approx(expected)
+    assert accepted_errors(sampling, sigmas, slopes=True) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("sigmas", [[], [1.0], [0.0, 0.0], [0.5, 0.5, 0.5]])
 def test_degenerate_lists_are_tolerated(sigmas: list[float]) -> None:
     sampling = model_of(CASES["sd3"]).get_model_object("model_sampling")
